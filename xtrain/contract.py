@@ -1,0 +1,271 @@
+"""The seam between xtrain (what happens) and a backend (how it happens on one kind of engine).
+
+The cut is one optimizer step over a list of micro-batches. This module imports neither torch nor
+numpy at run time, so that a backend can be looked up, probed and asked about a spec in
+milliseconds. docs/backends.md is the guide for those who write one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from xtrain.spec.tree import Spec
+
+# What json.dumps takes; a recursive alias would need `type`, which Python 3.11 has not.
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+
+IGNORED_TARGET = -100
+"""A target with this value has no loss (PyTorch's `ignore_index` default)."""
+
+
+# --- before a run: what is asked, and can it be done here? -------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing in a spec that cannot be honoured, with its place in the file where it is known."""
+
+    path: str
+    """Dotted key, such as `batch.global`; empty for the file as a whole."""
+    found: str
+    """What stands there, as it is to be printed; empty when the key is missing."""
+    expected: str
+    nearest: str = ""
+    """The nearest thing that works: a key, a value, or what to do."""
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.line}:{self.column}: " if self.line is not None else ""
+        subject = f"{self.path}: " if self.path else ""
+        found = f"found {self.found}, " if self.found else ""
+        nearest = f"; {self.nearest}" if self.nearest else ""
+        return f"{place}{subject}{found}{self.expected}{nearest}"
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used on this machine, and why (not)."""
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process's place among the processes of a run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A spec with everything decided for one backend and world size; goes into resolved.json."""
+
+    backend: str
+    spec: Spec
+    world: int
+    settings: Mapping[str, JSON] = field(default_factory=dict)
+    """What the backend decided: dtypes, placement, a ds_config, ..."""
+    notes: Sequence[str] = ()
+    """What a person should know about those decisions, a sentence each."""
+
+
+class Backend(Protocol):
+    """One way to run a spec. Stateless; importing and constructing it imports nothing heavy."""
+
+    name: str
+
+    def probe(self) -> Availability:
+        """Is it usable on this machine? May import torch; never raises."""
+        ...
+
+    def problems(self, spec: Spec, world: int) -> list[Problem]:
+        """Every key of `spec` that this backend cannot honour with `world` processes.
+
+        Runs anywhere, also where the backend itself cannot, and imports nothing heavy.
+        """
+        ...
+
+    def resolve(self, spec: Spec, world: int) -> Resolved: ...
+
+    def start(self, resolved: Resolved, model: ModelSource, job: Job) -> Engine:
+        """Build the engine. Collective: every process of the job calls it."""
+        ...
+
+
+class ModelSource(Protocol):
+    """Builds the model of a spec; the backend decides when and where."""
+
+    def build(self) -> torch.nn.Module:
+        """A module on the CPU in fp32 that maps (tokens, targets) to the sum of token losses.
+
+        tokens, targets: int64 [sequences, seq_len]; targets of IGNORED_TARGET do not count.
+        Returns a 0-dim float32 tensor. The weights are the initial ones, a function of the seed
+        and the parameter's name alone.
+        """
+        ...
+
+    def decayed(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        """Whether weight decay applies: to matrices, not to biases and norms."""
+        ...
+
+
+# --- during a run ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences on the host, ready for one forward pass."""
+
+    tokens: np.ndarray
+    """int64 [sequences, seq_len]"""
+    targets: np.ndarray
+    """int64 [sequences, seq_len], the next token of each; IGNORED_TARGET where masked."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """All that one optimizer step needs."""
+
+    step: int
+    """0-based index of the update."""
+    micro_batches: Sequence[Batch]
+    """This data rank's share of the global batch."""
+    lr: float
+    target_tokens: int
+    """Targets that count in the *global* batch: every engine divides the loss sum by it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What train_step leaves behind; the tensors stay on the device until `fetch`."""
+
+    step: int
+    target_tokens: int
+    loss_sum: torch.Tensor | float
+    """This rank's sum of token losses."""
+    grad_norm: torch.Tensor | float | None
+    """Global, before clipping, without any loss scale; None when the engine cannot know it."""
+    skipped: torch.Tensor | bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """A StepResult as numbers, equal on every rank."""
+
+    step: int
+    loss: float
+    """Mean over the global batch's targets."""
+    grad_norm: float | None
+    skipped: bool
+    loss_scale: float | None
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Evaluation over all ranks: the mean loss is total / tokens."""
+
+    total: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Counter:
+    """One way of counting memory; counters of unlike kinds are never put in one column."""
+
+    bytes: int
+    peak_bytes: int | None
+    method: Literal["counter", "sampled", "unavailable"]
+    """How the peak was got."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank's device holds. None where it cannot be known."""
+
+    live: Counter | None
+    """Bytes in live tensors."""
+    reserved: Counter | None
+    """Bytes the allocator or driver holds; reserved - live is slack."""
+    categories: Mapping[str, int] | None
+    """Bytes now by MEMORY_CATEGORIES, where the engine can tell."""
+
+
+MEMORY_CATEGORIES = (
+    "parameters",
+    "master",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "other",
+)
+
+Phase: TypeAlias = Literal["forward", "backward", "reduce", "optimizer"]
+
+
+class Trace(Protocol):
+    """Marks the phases of a step; a no-op except on every K-th step (xtrain/trace.py)."""
+
+    def span(self, phase: Phase) -> AbstractContextManager[None]: ...
+
+
+Accept: TypeAlias = Callable[[float, float | None], bool]
+"""Asked with (loss, grad_norm) between clipping and update; False skips the update everywhere."""
+
+
+class Engine(Protocol):
+    """Alive during one run. Every method is collective unless it says otherwise."""
+
+    data_rank: int
+    """Place among replicas: which slice of the global batch."""
+    data_size: int
+    asynchronous: bool
+    """Whether train_step may return before the device is done."""
+
+    def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult: ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        """Sum of token losses without dropout; the same number of batches on every rank."""
+        ...
+
+    def fetch(self, results: Sequence[StepResult]) -> list[StepValues]:
+        """Bring a logging window to the host: one synchronisation, one all-reduce."""
+        ...
+
+    def memory(self) -> Memory:
+        """Local: this rank's device."""
+        ...
+
+    def gather(self, value: JSON) -> list[JSON]:
+        """`value` of every rank, in rank order, on every rank. For small things, seldom."""
+        ...
+
+    def synchronize(self) -> None:
+        """Local: wait for this rank's device."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OutOfMemory(Exception):
+    """The device is full. The one backend exception the loop knows."""
+
+    def __init__(self, device: str, memory: Memory, before_update: bool) -> None:
+        super().__init__(f"{device} is out of memory")
+        self.device = device
+        self.memory = memory
+        self.before_update = before_update
+        """Whether weights and moments are still those of the last finished step."""

@@ -1,0 +1,48 @@
+"""What can go wrong, and the exit code each kind ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xtrain.contract import Problem
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_REQUEST = 2
+EXIT_INTERRUPTED = 75
+
+
+class XtrainError(Exception):
+    """An error that people are shown as a message, never as a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class RequestError(XtrainError):
+    """What was asked cannot be done: nothing was started, nothing was changed."""
+
+    exit_code = EXIT_REQUEST
+
+
+class RunFailed(XtrainError):
+    """A run began and failed; the message says how to go on."""
+
+    exit_code = EXIT_FAILED
+
+
+class SpecError(RequestError):
+    """A spec with problems, all of them at once.
+
+    `source` names the file (or "--set"); each problem carries its place in it where it is known.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"{source} has {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
+
+
+class BackendError(RequestError):
+    """A backend that does not exist, cannot run here, or cannot honour the spec."""
