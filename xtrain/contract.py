@@ -234,6 +234,8 @@ class Engine(Protocol):
     data_size: int
     asynchronous: bool
     """Whether train_step may return before the device is done."""
+    parameter_count: int
+    """Of the whole model, tied parameters once, over all ranks."""
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult: ...
 

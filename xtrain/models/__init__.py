@@ -1,1 +1,1 @@
-
+"""Models: the GPT-2 family built in, anything else through `factory:`."""

@@ -1,0 +1,48 @@
+"""What the hand-written engine can honour, what it decides, and how it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xtrain.contract import Availability, Job, ModelSource, Problem, Resolved
+
+from .support import find_problems
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+    from .engine import ManualEngine
+
+
+class ManualBackend:
+    """One of `cpu`, `mps`, `cuda`: the same code on another device."""
+
+    def __init__(self, device: str) -> None:
+        self.name = device
+
+    def probe(self) -> Availability:
+        from .devices import device_of
+
+        return device_of(self.name).probe()
+
+    def problems(self, spec: Spec, world: int) -> list[Problem]:
+        return find_problems(spec, world, self.name)
+
+    def resolve(self, spec: Spec, world: int) -> Resolved:
+        from .devices import device_of
+
+        device = device_of(self.name)
+        settings = {
+            "device": self.name,
+            "weights_dtype": spec.precision.weights,
+            "compute_dtype": spec.precision.dtype,
+            "accumulation": spec.accumulation(world),
+            "fused_optimizer": device.fused_optimizer,
+        }
+        return Resolved(self.name, spec, world, settings)
+
+    def start(self, resolved: Resolved, model: ModelSource, job: Job) -> ManualEngine:
+        from .devices import device_of
+        from .engine import ManualEngine
+
+        return ManualEngine(resolved.spec, model, device_of(self.name))

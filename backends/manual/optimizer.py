@@ -1,0 +1,33 @@
+"""The optimizer of the spec over a model's parameters, in two groups: decayed and not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from xtrain.contract import ModelSource
+from xtrain.spec.tree import AdamW, Optimizer
+
+
+def build_optimizer(
+    section: Optimizer, model: nn.Module, source: ModelSource, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW with decoupled decay on matrices only (Loshchilov and Hutter 2019), or SGD without decay.
+
+    `fused` takes the whole update in one kernel; the learning rate is set at every step.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if source.decayed(name, p)]
+    others = [p for name, p in named if not source.decayed(name, p)]
+    if not isinstance(section, AdamW):
+        return torch.optim.SGD([*decayed, *others], lr=section.lr, momentum=section.momentum, fused=fused)
+    groups = [
+        {"params": decayed, "weight_decay": section.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
