@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import Availability, Job, ModelSource, Problem, Resolved
 
-from .support import find_problems
+from .support import find_notes, find_problems
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -39,7 +39,7 @@ class ManualBackend:
             "accumulation": spec.accumulation(world),
             "fused_optimizer": device.fused_optimizer,
         }
-        return Resolved(self.name, spec, world, settings)
+        return Resolved(self.name, spec, world, settings, find_notes(spec))
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> ManualEngine:
         from .devices import device_of

@@ -16,7 +16,14 @@ def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return norms.float()
 
 
-def scale_to_norm(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
-    """Multiply all gradients, in place, by max_norm / norm where that is below 1."""
-    factor = torch.clamp(max_norm / (norm + EPSILON), max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+def unscale_and_clip(
+    gradients: Sequence[torch.Tensor], norm: torch.Tensor, loss_scale: float | None, max_norm: float | None
+) -> None:
+    """Divide all gradients, in place, by the loss scale, and by norm / max_norm where that is above 1.
+
+    `norm` is the global norm without the loss scale.
+    """
+    if max_norm is None and loss_scale is None:
+        return
+    factor = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + EPSILON), max=1.0)
+    torch._foreach_mul_(list(gradients), factor / (loss_scale or 1.0))

@@ -48,7 +48,8 @@ class Cpu(Device):
 
     def probe(self) -> Availability:
         threads = torch.get_num_threads()
-        return Availability(True, f"{platform.machine()}, {threads} thread{'s' if threads != 1 else ''}")
+        reason = f"{platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"
+        return Availability(True, reason, preference=10)
 
     def synchronize(self) -> None:
         pass
@@ -73,7 +74,7 @@ class Cuda(Device):
             built = "no NVIDIA GPU found" if torch.version.cuda else "this torch is built without CUDA"
             return Availability(False, built)
         gpu = torch.cuda.get_device_properties(0)
-        return Availability(True, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        return Availability(True, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", preference=30)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -103,7 +104,7 @@ class Mps(Device):
         if not torch.backends.mps.is_available():
             return Availability(False, "no Apple GPU, or macOS older than 14")
         limit = torch.mps.recommended_max_memory()
-        return Availability(True, f"Apple GPU, working set up to {limit / 2**30:.0f} GiB")
+        return Availability(True, f"Apple GPU, working set up to {limit / 2**30:.0f} GiB", preference=20)
 
     def synchronize(self) -> None:
         torch.mps.synchronize()

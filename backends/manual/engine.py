@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -23,11 +23,11 @@ from xtrain.contract import (
 )
 from xtrain.spec.tree import Spec
 
-from .clipping import global_norm, scale_to_norm
+from .clipping import global_norm, unscale_and_clip
 from .devices import Device
+from .loss_scaling import LossScaler
 from .optimizer import build_optimizer, set_learning_rate
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
+from .precision import autocast, hold_weights
 
 
 class ManualEngine:
@@ -40,39 +40,57 @@ class ManualEngine:
         self.device = device
         self.asynchronous = device.asynchronous
         self.clip = spec.train.clip
-        self.autocast_dtype = AUTOCAST_DTYPES.get(spec.precision.dtype)
+        self.precision = spec.precision
+        self.scaler = LossScaler(spec.precision) if spec.precision.dtype == "fp16" else None
         self.model = source.build().to(device.torch_device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights = hold_weights(self.model, spec.precision)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(spec.optimizer, self.model, source, device.fused_optimizer)
+        self.optimizer = build_optimizer(
+            spec.optimizer, self.weights.updated, source, device.fused_optimizer
+        )
         torch.manual_seed(spec.train.seed)  # dropout, from here on
         self.model.train()
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
-        """Accumulate over the micro-batches, clip, update.
+        scale = self.scaler.scale if self.scaler else None
+        with self._watch_memory(before_update=True):
+            loss_sum = self._accumulate(step, scale or 1.0, trace)
+        with self._watch_memory(before_update=False), trace.span("optimizer"):
+            gradients = self.weights.gradients()
+            norm = global_norm(gradients) / (scale or 1.0)
+            skipped = self._overflowed(norm) or not (
+                accept is None or accept(float(loss_sum) / step.target_tokens, float(norm))
+            )
+            if not skipped:
+                unscale_and_clip(gradients, norm, scale, self.clip)
+                set_learning_rate(self.optimizer, step.lr)
+                self.optimizer.step()
+                self.weights.publish()
+            self.weights.clear_gradients()
+        return StepResult(step.step, step.target_tokens, loss_sum, norm, skipped, scale)
+
+    def _accumulate(self, step: StepInput, scale: float, trace: Trace) -> torch.Tensor:
+        """Forward and backward of every micro-batch; returns the sum of token losses.
 
         Each micro-batch's loss is divided by the tokens of the *whole* batch, so that the sum of
         their gradients is the gradient of the one mean, however unequal the micro-batches are.
         """
-        with self._watch_memory(before_update=True):
-            loss_sum = torch.zeros((), device=self.device.torch_device)
-            for batch in step.micro_batches:
-                with trace.span("forward"), self._autocast():
-                    loss = self.model(*self._to_device(batch))
-                with trace.span("backward"):
-                    (loss / step.target_tokens).backward()
-                loss_sum += loss.detach()
-        with self._watch_memory(before_update=False), trace.span("optimizer"):
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = global_norm(gradients)
-            if self.clip is not None:
-                scale_to_norm(gradients, norm, self.clip)
-            accepted = accept is None or accept(float(loss_sum) / step.target_tokens, float(norm))
-            if accepted:
-                set_learning_rate(self.optimizer, step.lr)
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(step.step, step.target_tokens, loss_sum, norm, skipped=not accepted)
+        loss_sum = torch.zeros((), device=self.device.torch_device)
+        for batch in step.micro_batches:
+            with trace.span("forward"), autocast(self.precision, self.device.torch_device):
+                loss = self.model(*self._to_device(batch))
+            with trace.span("backward"):
+                (loss * (scale / step.target_tokens)).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _overflowed(self, norm: torch.Tensor) -> bool:
+        """Under a loss scale: whether any gradient is inf or NaN. The scaler is told."""
+        if self.scaler is None:
+            return False
+        overflow = not bool(torch.isfinite(norm))
+        self.scaler.update(overflow)
+        return overflow
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         self.model.eval()
@@ -80,7 +98,7 @@ class ManualEngine:
         tokens = 0
         with torch.no_grad():
             for batch in batches:
-                with self._autocast():
+                with autocast(self.precision, self.device.torch_device):
                     total += self.model(*self._to_device(batch))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.model.train()
@@ -98,15 +116,12 @@ class ManualEngine:
         ]
 
     def memory(self) -> Memory:
+        optimizer_state = (value for state in self.optimizer.state.values() for value in state.values())
         categories = {
-            "parameters": sum(_bytes(p) for p in self.model.parameters()),
-            "gradients": sum(_bytes(p.grad) for p in self.parameters if p.grad is not None),
-            "optimizer": sum(
-                _bytes(value)
-                for state in self.optimizer.state.values()
-                for value in state.values()
-                if isinstance(value, torch.Tensor)
-            ),
+            "parameters": _bytes(self.model.parameters()),
+            "master": _bytes(self.weights.masters()),
+            "gradients": _bytes(p.grad for p in self.weights.trained.values()),
+            "optimizer": _bytes(optimizer_state),
         }
         return Memory(self.device.live(), self.device.reserved(), categories)
 
@@ -117,12 +132,7 @@ class ManualEngine:
         self.device.synchronize()
 
     def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Matrix products in 16 bit, sums and norms in fp32, weights untouched."""
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device.torch_device.type, self.autocast_dtype, enabled=enabled)
+        self.weights.clear_gradients()
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         target = self.device.torch_device
@@ -139,5 +149,5 @@ class ManualEngine:
             raise OutOfMemory(str(self.device.torch_device), self.memory(), before_update) from error
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensors: Iterable[object]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -1,6 +1,8 @@
-"""The optimizer of the spec over a model's parameters, in two groups: decayed and not."""
+"""The optimizer of the spec over named parameters, in two groups: decayed and not."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,15 +12,14 @@ from xtrain.spec.tree import AdamW, Optimizer
 
 
 def build_optimizer(
-    section: Optimizer, model: nn.Module, source: ModelSource, fused: bool
+    section: Optimizer, parameters: Mapping[str, nn.Parameter], source: ModelSource, fused: bool
 ) -> torch.optim.Optimizer:
     """AdamW with decoupled decay on matrices only (Loshchilov and Hutter 2019), or SGD without decay.
 
     `fused` takes the whole update in one kernel; the learning rate is set at every step.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if source.decayed(name, p)]
-    others = [p for name, p in named if not source.decayed(name, p)]
+    decayed = [p for name, p in parameters.items() if source.decayed(name, p)]
+    others = [p for name, p in parameters.items() if not source.decayed(name, p)]
     if not isinstance(section, AdamW):
         return torch.optim.SGD([*decayed, *others], lr=section.lr, momentum=section.momentum, fused=fused)
     groups = [

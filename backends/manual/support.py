@@ -17,6 +17,13 @@ def find_problems(spec: Spec, world: int, device: str) -> list[Problem]:
     return [*_world(world, device), *_model(spec), *_training(spec), *_precision(spec), *_memory(spec)]
 
 
+def find_notes(spec: Spec) -> list[str]:
+    """What is honoured by having nothing to do."""
+    if spec.memory == "auto" or spec.memory.sharding not in ("optimizer", "gradients"):
+        return []
+    return [f"memory.sharding: {spec.memory.sharding}: with one process there is nothing to shard it over"]
+
+
 def _world(world: int, device: str) -> Iterator[Problem]:
     if world > 1:
         yield Problem(
@@ -44,9 +51,10 @@ def _training(spec: Spec) -> Iterator[Problem]:
 
 
 def _precision(spec: Spec) -> Iterator[Problem]:
-    if (spec.precision.dtype, spec.precision.weights) not in {("fp32", "fp32"), ("bf16", "fp32")}:
-        found = f"{{dtype: {spec.precision.dtype}, weights: {spec.precision.weights}}}"
-        yield Problem("precision", found, NOT_BUILT, "use fp32 or bf16")
+    dtype, weights = spec.precision.dtype, spec.precision.weights
+    if weights not in ("fp32", dtype):
+        found = f"{{dtype: {dtype}, weights: {weights}}}"
+        yield Problem("precision", found, "weights must be fp32 or of the same dtype", f"use {dtype}")
 
 
 def _memory(spec: Spec) -> Iterator[Problem]:
@@ -58,13 +66,6 @@ def _memory(spec: Spec) -> Iterator[Problem]:
         yield Problem("memory.checkpointing", "", NOT_BUILT, "use none")
     if memory.sharding == "parameters":
         yield Problem("memory.sharding", memory.sharding, NOT_BUILT, "use none")
-    elif memory.sharding != "none":
-        yield Problem(
-            "memory.sharding",
-            memory.sharding,
-            "one process has nothing to shard this over",
-            "use none, or --backend deepspeed with several processes",
-        )
     for name in ("optimizer", "gradients", "parameters", "activations"):
         if getattr(memory.offload, name).enabled:
             found = getattr(memory.offload, name).device

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from xtrain.contract import IGNORED_TARGET
 
 AUTO_CHUNK_BYTES = 128 * 2**20
-"""fp32 logits of one chunk under `loss_chunk: auto`."""
+"""fp32 logits of one chunk under `loss_chunk: auto`, at most."""
+AUTO_CHUNK_TOKENS = 2048
+"""And its tokens: enough for a full matrix product, too few to overflow an fp16 sum over them."""
 
 LossChunk = int | Literal["auto", "none"]
 
@@ -38,9 +40,10 @@ def projected_cross_entropy_sum(
     """
     if chunk == "none":
         return cross_entropy_sum(F.linear(hidden, weight), targets)
-    tokens = AUTO_CHUNK_BYTES // (4 * weight.shape[0]) if chunk == "auto" else chunk
+    if chunk == "auto":
+        chunk = max(1, min(AUTO_CHUNK_TOKENS, AUTO_CHUNK_BYTES // (4 * weight.shape[0])))
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), max(1, tokens)
+        hidden.flatten(0, -2), weight, targets.flatten(), chunk
     )
     return loss
 
@@ -49,8 +52,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradient of a chunk's logits is softmax - one_hot: it is made in place of the logits.
 
     Under autocast the products run in the autocast dtype and the softmax in fp32, as the plain
-    `linear` and `cross_entropy` would; gradients of several chunks are added up in the dtype of
-    the weight.
+    `linear` and `cross_entropy` would. The weight's gradient is a sum over all tokens, not yet
+    divided by their number: it is kept in fp32, where fp16 would overflow.
     """
 
     @staticmethod
@@ -61,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight) if wants_weight else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             projection = weight.to(dtype)
@@ -77,6 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if weight_grad is not None:
                     _add_product(weight_grad, gradient.t(), inputs)
         ctx.gradients = hidden_grad, weight_grad
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -84,8 +88,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.gradients
         ctx.gradients = None  # scaled in place below: a second backward must fail, not be wrong
-        scaled = (None if g is None else g.mul_(upstream.to(g.dtype)) for g in (hidden_grad, weight_grad))
-        return (*scaled, None, None)
+        if hidden_grad is not None:
+            hidden_grad = (hidden_grad.float() * upstream).to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(upstream).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
 
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

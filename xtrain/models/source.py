@@ -1,4 +1,7 @@
-"""From a spec to a model: the built-in presets, or a user's own `factory:`."""
+"""From a spec to a model: the built-in presets, or a user's own `factory:`.
+
+torch is imported when a model is built, not before.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import ModelSource
 from xtrain.errors import RequestError
-from xtrain.models.gpt2 import GPT2
-from xtrain.models.init import initialise
-from xtrain.models.loss import LossChunk, cross_entropy_sum
 from xtrain.models.presets import dimensions
-from xtrain.spec.tree import MemorySection, ModelSection, Spec
+from xtrain.spec.tree import MemorySection, Spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from xtrain.models.loss import LossChunk
 
 
 def model_source(spec: Spec, data_vocab_size: int) -> ModelSource:
@@ -46,6 +48,11 @@ class PresetSource:
         self.loss_chunk = _loss_chunk(spec)
 
     def build(self) -> nn.Module:
+        import torch
+
+        from xtrain.models.gpt2 import GPT2
+        from xtrain.models.init import initialise
+
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             model = GPT2(self.size, self.dropout, self.loss_chunk)
         model.to_empty(device="cpu")
@@ -61,58 +68,40 @@ class FactorySource:
     """A model that the user's function returns, with the weights that function drew.
 
     The function is called on the CPU with torch's seed set to `train.seed`; its module must map
-    tokens [batch, seq] to logits [batch, seq, vocabulary], as a tensor, as an object with
-    `.logits`, or as a tuple that begins with them.
+    tokens [batch, seq] to logits [batch, seq, vocabulary] (xtrain/models/adapter.py).
     """
 
     def __init__(self, spec: Spec) -> None:
         self.seed = spec.train.seed
-        self.section = spec.model
+        self.factory = spec.model.factory or ""
+        self.args = spec.model.args
 
     def build(self) -> nn.Module:
-        function = _find_factory(self.section)
+        import torch
+
+        from xtrain.models.adapter import LogitsLoss
+
+        function = _find_factory(self.factory)
         torch.manual_seed(self.seed)
         try:
-            model = function(**self.section.args)
+            model = function(**self.args)
         except TypeError as error:
             raise RequestError(
-                f"model.factory {self.section.factory} cannot be called with model.args "
-                f"{self.section.args}: {error}"
+                f"model.factory {self.factory} cannot be called with model.args {self.args}: {error}"
             ) from error
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, torch.nn.Module):
             raise RequestError(
-                f"model.factory {self.section.factory} returned a {type(model).__name__}, "
-                "expected a torch.nn.Module"
+                f"model.factory {self.factory} returned a {type(model).__name__}, expected a torch.nn.Module"
             )
-        return LogitsLoss(model.float())
+        return LogitsLoss(model.float(), f"model.factory {self.factory}")
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
 
 
-class LogitsLoss(nn.Module):
-    """Gives a model of logits the (tokens, targets) -> loss sum that engines call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        output = self.model(tokens)
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-        if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise RequestError(
-                f"the model of model.factory returned {found} for tokens {tuple(tokens.shape)}; "
-                "expected logits [batch, seq, vocabulary]"
-            )
-        return cross_entropy_sum(logits, targets)
-
-
-def _find_factory(section: ModelSection) -> Callable[..., Any]:
+def _find_factory(factory: str) -> Callable[..., Any]:
     """Import `package.module:function`, also from the current directory, as `python -m` would."""
-    assert section.factory is not None
-    module_name, _, attribute = section.factory.partition(":")
+    module_name, _, attribute = factory.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -120,12 +109,12 @@ def _find_factory(section: ModelSection) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RequestError(
-            f"model.factory {section.factory}: no module named {error.name!r} "
+            f"model.factory {factory}: no module named {error.name!r} "
             f"(looked in {here} and in the installed packages)"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise RequestError(f"model.factory {section.factory}: {module_name} has no function {attribute!r}")
+        raise RequestError(f"model.factory {factory}: {module_name} has no function {attribute!r}")
     return function  # type: ignore[no-any-return]
 
 
