@@ -1,0 +1,162 @@
+"""metrics.jsonl: one line per update, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from xtrain.errors import RequestError, RunFailed
+
+LARGEST_METRICS_BYTES = 1 << 30
+LARGEST_LINE_BYTES = 1 << 20
+
+
+class MetricsError(RequestError):
+    """A metrics.jsonl that is missing, damaged, or not what it says."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One update. A figure that is not known, or not finite, is None."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: int
+    """1-based."""
+    loss: float | None
+    """Mean over the global batch's targets."""
+    lr: float
+    grad_norm: float | None
+    """Global, before clipping, without any loss scale."""
+    tokens: int
+    """Targets in the global batch."""
+    seconds: float | None
+    """Of this step; the window's mean where the device is asynchronous."""
+    skipped: bool
+    loss_scale: float | None = None
+    eval_loss: float | None = None
+    live_bytes: int | None = None
+    reserved_bytes: int | None = None
+    rss_bytes: int | None = None
+    spans: dict[str, float] | None = None
+    """Seconds by phase, on traced steps only."""
+
+    def __post_init__(self) -> None:
+        # Here rather than when writing, so that what is in memory and what is on disk are equal.
+        for name in ("loss", "grad_norm", "seconds", "loss_scale", "eval_loss"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
+
+    def line(self) -> str:
+        """JSON without a newline; optional keys that are None are left out."""
+        values = {k: v for k, v in asdict(self).items() if v is not None or k not in _OPTIONAL}
+        return json.dumps(values, allow_nan=False)
+
+
+_OPTIONAL = {field.name for field in fields(StepRecord) if field.default is None}
+_LINE = TypeAdapter(StepRecord)
+
+
+class MetricsLog:
+    """The file while a run writes it; one process at a time (the run directory's lock)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def append(self, record: StepRecord) -> None:
+        """Add one line with one write, so that a reader meets whole lines."""
+        data = f"{record.line()}\n".encode()
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab")
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise RunFailed(f"cannot write {self.path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Return once every line is on the disk; called before a checkpoint commits."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines after `step`, and a torn last line, for a run that goes on from there.
+
+        Raises MetricsError when the lines end before `step`: then there would be a gap.
+        """
+        self.close()
+        if not self.path.exists():
+            return
+        kept_bytes, last = 0, None
+        for number, line in _lines(self.path):
+            record = _parse(self.path, number, line)
+            if record.step > step:
+                break
+            kept_bytes, last = kept_bytes + len(line), record.step
+        if last is not None and last < step:
+            raise MetricsError(
+                f"{self.path} ends at step {last}, before step {step} of the checkpoint; "
+                "continue in another directory with --out"
+            )
+        with self.path.open("r+b") as file:
+            file.truncate(kept_bytes)
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[StepRecord]:
+    """Every whole line of a metrics.jsonl, which is not trusted.
+
+    A last line without its newline was being written when the run was cut off: it is left out.
+    Raises MetricsError with the number of the line that is wrong.
+    """
+    records: list[StepRecord] = []
+    for number, line in _lines(path):
+        record = _parse(path, number, line)
+        if records and record.step != records[-1].step + 1:
+            raise MetricsError(
+                f"{path}, line {number}: found step {record.step}, expected {records[-1].step + 1}"
+            )
+        records.append(record)
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line with its newline); without a torn last line."""
+    try:
+        if not path.is_file():
+            raise MetricsError(f"{path}: no such file")
+        size_bytes = path.stat().st_size
+        if size_bytes > LARGEST_METRICS_BYTES:
+            raise MetricsError(f"{path} has {size_bytes} bytes; at most {LARGEST_METRICS_BYTES} are read")
+        with path.open("rb") as file:
+            number = 0
+            while (line := file.readline(LARGEST_LINE_BYTES)).endswith(b"\n"):
+                number += 1
+                yield number, line
+    except OSError as error:
+        raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+    if len(line) == LARGEST_LINE_BYTES:
+        raise MetricsError(f"{path}, line {number + 1}: longer than {LARGEST_LINE_BYTES} bytes")
+
+
+def _parse(path: Path, number: int, line: bytes) -> StepRecord:
+    try:
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise MetricsError(f"{path}, line {number}: {f'{key}: ' if key else ''}{first['msg']}") from None
