@@ -1,0 +1,224 @@
+"""record.json: what a run was, what it cost and what came of it. Reports are made from it alone.
+
+The models here are both the schema and the guard: a record may come from anywhere. Keys that a later
+version adds are ignored; a key that changes its meaning changes `schema_version`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from xtrain.contract import Counter, Memory
+from xtrain.errors import RequestError
+from xtrain.metrics import StepRecord
+from xtrain.rundir import write_json
+from xtrain.speed import Speed, TimeSplit
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+SCHEMA_VERSION: Final = 1
+LARGEST_RECORD_BYTES = 64 << 20
+
+Status: TypeAlias = Literal["done", "stopped", "failed", "interrupted"]
+Natural: TypeAlias = Annotated[int, Field(ge=0)]
+
+
+class RecordError(RequestError):
+    """A record that is missing, damaged, or not what it says."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataFacts(_Part):
+    """What was trained on."""
+
+    description: str
+    hash: str | None
+    """Of the tokens: equal hashes, equal data."""
+    portable: bool
+    """Whether another machine would have the same; stdlib's text depends on Python's version."""
+
+
+class ModelFacts(_Part):
+    description: str
+    parameters: Natural
+    """Tied ones once, over all ranks."""
+
+
+class Totals(_Part):
+    """Of the steps in metrics.jsonl."""
+
+    steps: Natural
+    """The last finished update, 1-based; 0 when there was none."""
+    tokens: Natural
+    skipped: Natural
+    seconds: float | None
+    """From the first update to the last of this process, evaluation and checkpoints included."""
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord], seconds: float | None) -> Totals:
+        return cls(
+            steps=records[-1].step if records else 0,
+            tokens=sum(r.tokens for r in records),
+            skipped=sum(r.skipped for r in records),
+            seconds=seconds,
+        )
+
+
+class LossFacts(_Part):
+    """Training losses; None where no loss was finite."""
+
+    first: float | None
+    last: float | None
+    min: float | None
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> LossFacts:
+        """First and last are those of the first and the last update, None when not finite."""
+        finite = [r.loss for r in records if r.loss is not None]
+        return cls(
+            first=records[0].loss if records else None,
+            last=records[-1].loss if records else None,
+            min=min(finite, default=None),
+        )
+
+
+class Evaluation(_Part):
+    """On the held-out part."""
+
+    last: float
+    last_step: Natural
+    min: float
+    min_step: Natural
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> Evaluation | None:
+        """None when nothing was evaluated."""
+        seen = [(r.eval_loss, r.step) for r in records if r.eval_loss is not None]
+        if not seen:
+            return None
+        last, last_step = seen[-1]
+        lowest, min_step = min(seen)
+        return cls(last=last, last_step=last_step, min=lowest, min_step=min_step)
+
+
+class CounterFacts(_Part):
+    """One way of counting; see xtrain.contract.Counter."""
+
+    bytes: Natural
+    peak_bytes: Natural | None
+    method: Literal["counter", "sampled", "unavailable"]
+
+
+class RankMemory(_Part):
+    """What one rank held. Three ways of counting, never mixed; None where one is not to be had."""
+
+    rank: Natural
+    live: CounterFacts | None
+    reserved: CounterFacts | None
+    rss: CounterFacts | None
+    categories: dict[str, Natural] | None
+
+    @classmethod
+    def of(cls, rank: int, memory: Memory, resident: Counter, sampled_bytes: int | None = None) -> RankMemory:
+        """`sampled_bytes`, the most a trace saw, is the live peak where the device has no counter for it."""
+        live = memory.live
+        if live is not None and live.peak_bytes is None and sampled_bytes is not None:
+            live = Counter(live.bytes, max(live.bytes, sampled_bytes), "sampled")
+        return cls(
+            rank=rank,
+            live=_counter(live),
+            reserved=_counter(memory.reserved),
+            rss=_counter(resident),
+            categories=None if memory.categories is None else dict(memory.categories),
+        )
+
+
+class RunRecord(_Part):
+    """The whole of record.json. Bytes are integers, seconds floats, what was not measured is null."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    status: Status
+    failure: str | None = None
+    """Why it failed, for people."""
+    backend: str
+    world: Annotated[int, Field(ge=1)]
+    spec: dict[str, JsonValue]
+    """Complete: every key, defaults included."""
+    settings: dict[str, JsonValue]
+    """What the backend decided."""
+    notes: list[str]
+    environment: dict[str, JsonValue]
+    threads: Annotated[int, Field(ge=1)] | None
+    """For the CPU's arithmetic, per process."""
+    matmul_precision: str | None
+    """Of fp32 matrix products, as the engine's library names it."""
+    data: DataFacts
+    model: ModelFacts
+    totals: Totals
+    loss: LossFacts
+    eval: Evaluation | None
+    speed: Speed | None
+    time_split: TimeSplit | None
+    memory: list[RankMemory]
+    """By rank."""
+    predicted: dict[str, JsonValue] | None = None
+    """What the planner said before the run."""
+
+
+def complete_spec(spec: Spec) -> dict[str, JsonValue]:
+    """Every key of `spec` under the name it has in a file, defaults included."""
+    # Through text, so that what people put under `args` (dates, infinities) becomes plain JSON.
+    complete: dict[str, JsonValue] = json.loads(spec.model_dump_json(by_alias=True))
+    return complete
+
+
+def write_record(path: Path, record: RunRecord) -> None:
+    write_json(path, record.model_dump(mode="json"))
+
+
+def load_record(path: Path) -> RunRecord:
+    """The record at `path`, a file or a run directory; it is not trusted.
+
+    Raises RecordError with the key that is wrong.
+    """
+    file = path / "record.json" if path.is_dir() else path
+    try:
+        return RunRecord.model_validate_json(_read_capped(file))
+    except ValidationError as error:
+        raise RecordError(f"{file} is not a record: {_first_problem(error)}") from None
+
+
+def _read_capped(file: Path) -> bytes:
+    try:
+        if not file.is_file():
+            raise RecordError(f"{file}: no such file; expected the record of a run")
+        with file.open("rb") as opened:
+            data = opened.read(LARGEST_RECORD_BYTES + 1)
+    except OSError as error:
+        raise RecordError(f"cannot read {file}: {error.strerror}") from error
+    if len(data) > LARGEST_RECORD_BYTES:
+        raise RecordError(f"{file} is too large for a record: more than {LARGEST_RECORD_BYTES} bytes")
+    return data
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_input=False)
+    key = ".".join(str(part) for part in problems[0]["loc"])
+    if key == "schema_version":
+        return f"schema_version: this xtrain reads version {SCHEMA_VERSION}"
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{f'{key}: ' if key else ''}{problems[0]['msg']}{more}"
+
+
+def _counter(counter: Counter | None) -> CounterFacts | None:
+    return None if counter is None else CounterFacts(**asdict(counter))

@@ -1,0 +1,124 @@
+"""The table at the end of a run, made from its record alone; and how figures are printed anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from xtrain.record import CounterFacts, RankMemory, RunRecord
+from xtrain.speed import PHASES, Speed, TimeSplit
+
+NOT_MEASURED = "not measured"
+
+COUNTERS = {
+    "live": "live tensors",
+    "reserved": "reserved by the allocator",
+    "rss": "resident set of the process",
+}
+"""The counters of RankMemory, as people read them."""
+
+
+def render_summary(record: RunRecord, directory: Path) -> str:
+    """A few rows for people. `directory` is where the run lies."""
+    rows = [
+        ("run", _outcome(record)),
+        ("model", f"{clean(record.model.description)}, {record.model.parameters:,} parameters"),
+        ("loss", _loss(record)),
+        *([("held-out loss", _evaluation(record))] if record.eval else []),
+        ("speed", format_speed(record.speed)),
+        *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
+        ("time", _time(record.time_split)),
+        ("everything in", str(directory)),
+    ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def format_bytes(count: int | None) -> str:
+    if count is None:
+        return NOT_MEASURED
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def format_loss(loss: float | None) -> str:
+    """Of a step that was taken: a record has null where the loss was NaN or infinite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def format_rate(speed: Speed | None) -> str:
+    """The median and its spread alone."""
+    if speed is None:
+        return NOT_MEASURED
+    return f"{speed.tokens_per_second:,.0f} ({speed.p10:,.0f} to {speed.p90:,.0f})"
+
+
+def format_speed(speed: Speed | None) -> str:
+    if speed is None:
+        return NOT_MEASURED
+    return (
+        f"{speed.tokens_per_second:,.0f} tokens/s, median of {plural(speed.samples, 'step')} "
+        f"(10% to 90%: {speed.p10:,.0f} to {speed.p90:,.0f}; left out: "
+        f"{speed.warmup_steps_left_out} for warm-up, {speed.traced_steps_left_out} traced)"
+    )
+
+
+def format_counter(counter: CounterFacts | None) -> str:
+    """Peak first, with how it was got; `now` where there is no peak."""
+    if counter is None:
+        return NOT_MEASURED
+    if counter.peak_bytes is None:
+        return f"{format_bytes(counter.bytes)} at the end, peak {NOT_MEASURED}"
+    return f"peak {format_bytes(counter.peak_bytes)} ({counter.method})"
+
+
+def largest(ranks: Sequence[RankMemory], key: str) -> CounterFacts | None:
+    """The counter `key` of the rank that holds the most, by peak where there is one; None if none has it."""
+    found: list[CounterFacts] = [c for r in ranks if (c := getattr(r, key)) is not None]
+    return max(found, key=lambda c: (c.peak_bytes or 0, c.bytes), default=None)
+
+
+def plural(count: int, noun: str) -> str:
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def clean(text: str) -> str:
+    """Text from a record on one line, without what could steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _outcome(record: RunRecord) -> str:
+    steps = plural(record.totals.steps, "step")
+    skipped = f" ({record.totals.skipped:,} skipped)" if record.totals.skipped else ""
+    place = f"{clean(record.backend)}, {plural(record.world, 'process')}"
+    failure = f": {clean(record.failure)}" if record.failure else ""
+    return f"{record.status} after {steps}{skipped} on {place}{failure}"
+
+
+def _loss(record: RunRecord) -> str:
+    if not record.totals.steps:
+        return NOT_MEASURED
+    loss = record.loss
+    return f"{format_loss(loss.first)} -> {format_loss(loss.last)} (lowest {format_loss(loss.min)})"
+
+
+def _evaluation(record: RunRecord) -> str:
+    if record.eval is None:
+        return NOT_MEASURED
+    found = record.eval
+    lowest = f" (lowest {found.min:.4f} at step {found.min_step:,})" if found.min < found.last else ""
+    return f"{found.last:.4f} at step {found.last_step:,}{lowest}"
+
+
+def _memory(ranks: Sequence[RankMemory], key: str) -> str:
+    counter = largest(ranks, key)
+    several = f", the largest of {len(ranks)} ranks" if counter is not None and len(ranks) > 1 else ""
+    return format_counter(counter) + several
+
+
+def _time(split: TimeSplit | None) -> str:
+    if split is None:
+        return NOT_MEASURED
+    shares = ", ".join(f"{phase} {split.shares.get(phase, 0.0):.0%}" for phase in PHASES)
+    return f"{shares} ({plural(split.traced_steps, 'traced step')})"
