@@ -56,6 +56,8 @@ class Availability:
 
     usable: bool
     reason: str
+    preference: int | None = None
+    """How well it suits this machine; `--backend auto` takes the highest. None: only when named."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Resolved:
     """What the backend decided: dtypes, placement, a ds_config, ..."""
     notes: Sequence[str] = ()
     """What a person should know about those decisions, a sentence each."""
+    files: Mapping[str, JSON] = field(default_factory=dict)
+    """Written into the run directory as they are, by file name."""
 
 
 class Backend(Protocol):
@@ -106,6 +110,9 @@ class Backend(Protocol):
 
 class ModelSource(Protocol):
     """Builds the model of a spec; the backend decides when and where."""
+
+    description: str
+    """For people: "gpt2-nano, 4 layers x 128"."""
 
     def build(self) -> torch.nn.Module:
         """A module on the CPU in fp32 that maps (tokens, targets) to the sum of token losses.
@@ -213,7 +220,7 @@ MEMORY_CATEGORIES = (
     "other",
 )
 
-Phase: TypeAlias = Literal["forward", "backward", "reduce", "optimizer"]
+Phase: TypeAlias = Literal["data", "forward", "backward", "reduce", "optimizer"]
 
 
 class Trace(Protocol):
@@ -236,6 +243,10 @@ class Engine(Protocol):
     """Whether train_step may return before the device is done."""
     parameter_count: int
     """Of the whole model, tied parameters once, over all ranks."""
+    threads: int | None
+    """For arithmetic on the host, per process; None where there is none."""
+    matmul_precision: str | None
+    """Of fp32 matrix products, as the engine's library names it."""
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult: ...
 

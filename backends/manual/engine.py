@@ -42,6 +42,8 @@ class ManualEngine:
         self.clip = spec.train.clip
         self.precision = spec.precision
         self.scaler = LossScaler(spec.precision) if spec.precision.dtype == "fp16" else None
+        self.threads = torch.get_num_threads()
+        self.matmul_precision = torch.get_float32_matmul_precision()
         self.model = source.build().to(device.torch_device)
         self.weights = hold_weights(self.model, spec.precision)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())

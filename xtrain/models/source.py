@@ -43,6 +43,9 @@ class PresetSource:
                 f"set model.vocab_size to {data_vocab_size} or more"
             )
         self.size = size
+        self.description = (
+            f"{spec.model.preset}, {size.layers} layers x {size.hidden}, vocabulary {size.vocab_size}"
+        )
         self.dropout = spec.model.dropout
         self.seed = spec.train.seed
         self.loss_chunk = _loss_chunk(spec)
@@ -75,6 +78,7 @@ class FactorySource:
         self.seed = spec.train.seed
         self.factory = spec.model.factory or ""
         self.args = spec.model.args
+        self.description = self.factory
 
     def build(self) -> nn.Module:
         import torch

@@ -1,0 +1,132 @@
+"""The training loop: the only copy, whatever the backend.
+
+One turn: take the step's batch by address, let the engine take one optimizer step, and now and then
+bring a window of results to the host, evaluate. Nothing here knows a device; losses stay where they
+are until a window closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+from xtrain.contract import Engine, StepInput, StepResult, Trace
+from xtrain.data import Dataset
+from xtrain.machine import resident_bytes
+from xtrain.metrics import StepRecord
+from xtrain.trace import NullTrace, SampledTrace, is_traced
+
+WARMUP_STEPS = 3
+"""Updates left out of the speed figures: allocators, kernels and caches settle in them."""
+
+
+class Observer(Protocol):
+    """Takes down what the loop saw (xtrain/recorder.py)."""
+
+    def saw(self, record: StepRecord) -> None: ...
+
+
+@dataclass
+class Window:
+    """Steps whose results are still on the device."""
+
+    learning_rates: list[float] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """As the host saw them: on an asynchronous device the wait comes with the window's end."""
+
+
+@dataclass
+class Loop:
+    """Takes the updates with 0-based index `start` to `stop` - 1."""
+
+    engine: Engine
+    data: Dataset
+    learning_rate: Callable[[int], float]
+    observer: Observer
+    window_steps: int
+    eval_every: int
+    peak_live_bytes: int | None = None
+    """The most that a traced step sampled; None where the device cannot tell."""
+
+    def run(self, start: int, stop: int) -> None:
+        window = Window()
+        for step in range(start, stop):
+            traced = is_traced(step - start, stop - start)
+            if traced:
+                self._close(window)  # a traced step waits for the device at every span: it stands alone
+            trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
+            self._step(step, window, trace)
+            done = step + 1
+            evaluating = self.eval_every > 0 and (done % self.eval_every == 0 or done == stop)
+            settling = done - start <= WARMUP_STEPS
+            if trace.peak_live_bytes is not None:
+                self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
+            if traced or evaluating or settling or done % self.window_steps == 0 or done == stop:
+                self._close(window, trace if isinstance(trace, SampledTrace) else None, evaluating)
+
+    def _step(self, step: int, window: Window, trace: Trace) -> None:
+        started = perf_counter()
+        with trace.span("data"):
+            micro_batches = self.data.micro_batches(step, self.engine.data_rank, self.engine.data_size)
+            target_tokens = self.data.target_tokens(step)
+        lr = self.learning_rate(step)
+        result = self.engine.train_step(StepInput(step, micro_batches, lr, target_tokens), None, trace)
+        window.results.append(result)
+        window.learning_rates.append(lr)
+        window.seconds.append(perf_counter() - started)
+
+    def _close(self, window: Window, trace: SampledTrace | None = None, evaluating: bool = False) -> None:
+        """Bring the window to the host, hand it to the observer, empty it."""
+        if not window.results:
+            return
+        started = perf_counter()
+        values = self.engine.fetch(window.results)
+        window.seconds[-1] += perf_counter() - started
+        if self.engine.asynchronous:
+            mean = sum(window.seconds) / len(window.seconds)
+            window.seconds = [mean] * len(window.seconds)
+        records = [
+            StepRecord(
+                step=value.step + 1,
+                loss=value.loss,
+                lr=lr,
+                grad_norm=value.grad_norm,
+                tokens=result.target_tokens,
+                seconds=seconds,
+                skipped=value.skipped,
+                loss_scale=value.loss_scale,
+            )
+            for value, lr, result, seconds in zip(
+                values, window.learning_rates, window.results, window.seconds, strict=True
+            )
+        ]
+        records[-1] = replace(records[-1], **self._at_window_end(trace, evaluating))
+        for record in records:
+            self.observer.saw(record)
+        window.results.clear()
+        window.learning_rates.clear()
+        window.seconds.clear()
+
+    def _at_window_end(self, trace: SampledTrace | None, evaluating: bool) -> dict[str, Any]:
+        """What is looked at once per window."""
+        memory = self.engine.memory()
+        return {
+            "live_bytes": memory.live.bytes if memory.live else None,
+            "reserved_bytes": memory.reserved.bytes if memory.reserved else None,
+            "rss_bytes": resident_bytes().bytes,
+            "spans": dict(trace.seconds) if trace else None,
+            "eval_loss": self._evaluate() if evaluating else None,
+        }
+
+    def _evaluate(self) -> float | None:
+        """Mean token loss over the held-out part; None when nothing is held out."""
+        batches = self.data.held_out(self.engine.data_rank, self.engine.data_size)
+        total = self.engine.evaluate(batches)
+        return total.total / total.tokens if total.tokens else None
+
+    def _live_bytes(self) -> int | None:
+        live = self.engine.memory().live
+        return live.bytes if live else None

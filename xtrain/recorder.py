@@ -1,0 +1,107 @@
+"""What the loop saw, on its way to metrics.jsonl, to people, and at the end into the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xtrain.contract import Counter, Engine, ModelSource, Resolved
+from xtrain.data import Dataset
+from xtrain.loop import WARMUP_STEPS
+from xtrain.machine import environment, resident_bytes
+from xtrain.metrics import MetricsLog, StepRecord, read_metrics
+from xtrain.progress import Progress
+from xtrain.record import (
+    DataFacts,
+    Evaluation,
+    LossFacts,
+    ModelFacts,
+    RankMemory,
+    RunRecord,
+    Status,
+    Totals,
+    complete_spec,
+)
+from xtrain.rundir import RunDirectory
+from xtrain.speed import measure_speed, split_time
+
+
+class Silent:
+    """The observer of every rank but the first."""
+
+    def saw(self, record: StepRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Recorder:
+    """Writes each update down as it comes. Holds no history, so its size does not grow with the run."""
+
+    def __init__(self, directory: RunDirectory, progress: Progress) -> None:
+        self._log = MetricsLog(directory.metrics)
+        self._progress = progress
+
+    def saw(self, record: StepRecord) -> None:
+        self._log.append(record)
+        self._progress.update(record)
+
+    def close(self) -> None:
+        self._log.close()
+        self._progress.close()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the record says about a run beside its steps."""
+
+    resolved: Resolved
+    data: Dataset
+    model: ModelSource
+    engine: Engine
+
+
+def rank_memory(engine: Engine, rank: int, before: Counter, sampled_bytes: int | None) -> RankMemory:
+    """What this rank holds at the end; `before` is its resident set before the model was built."""
+    memory = RankMemory.of(rank, engine.memory(), resident_bytes(), sampled_bytes)
+    return memory.model_copy(update={"rss_before_bytes": before.bytes})
+
+
+def gather_memory(engine: Engine, memory: RankMemory) -> list[RankMemory]:
+    """Every rank's, on every rank. Collective."""
+    gathered = engine.gather(memory.model_dump(mode="json"))
+    return [RankMemory.model_validate(one) for one in gathered]
+
+
+def make_record(
+    facts: Facts,
+    directory: RunDirectory,
+    status: Status,
+    failure: str | None,
+    seconds: float,
+    memory: list[RankMemory],
+) -> RunRecord:
+    """record.json, from the run directory's own metrics.jsonl and the facts."""
+    steps = read_metrics(directory.metrics) if directory.metrics.exists() else []
+    return RunRecord(
+        status=status,
+        failure=failure,
+        backend=facts.resolved.backend,
+        world=facts.resolved.world,
+        spec=complete_spec(facts.resolved.spec),
+        settings=dict(facts.resolved.settings),  # type: ignore[arg-type]
+        notes=list(facts.resolved.notes),
+        environment=dict(environment()),  # type: ignore[arg-type]
+        threads=facts.engine.threads,
+        matmul_precision=facts.engine.matmul_precision,
+        data=DataFacts(
+            description=facts.data.description, hash=facts.data.content_hash, portable=facts.data.portable
+        ),
+        model=ModelFacts(description=facts.model.description, parameters=facts.engine.parameter_count),
+        totals=Totals.of(steps, seconds),
+        loss=LossFacts.of(steps),
+        eval=Evaluation.of(steps),
+        speed=measure_speed(steps, WARMUP_STEPS),
+        time_split=split_time(steps),
+        memory=memory,
+    )
