@@ -1,0 +1,32 @@
+"""`xtrain run` on a workload, in this process, so that its memory can be counted above the imports.
+
+Which backend: the environment variable BENCHMARK_BACKEND. Speed and losses come from metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import measured
+from xtrain.cli import main
+
+assert torch  # the command imports it late; here it belongs to the imports
+
+
+def train(folder: Path) -> measured.Training:
+    backend, out = os.environ["BENCHMARK_BACKEND"], folder / f"run-{os.getpid()}"
+    try:
+        main(["run", str(folder / "spec.yaml"), "--backend", backend, "--out", str(out)])
+    except SystemExit as end:
+        if end.code:
+            raise
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return measured.Training([row["seconds"] for row in rows], [row["loss"] for row in rows])
+
+
+if __name__ == "__main__":
+    measured.main(train)
