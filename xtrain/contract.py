@@ -7,7 +7,7 @@ milliseconds. docs/backends.md is the guide for those who write one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -233,6 +233,29 @@ Accept: TypeAlias = Callable[[float, float | None], bool]
 """Asked with (loss, grad_norm) between clipping and update; False skips the update everywhere."""
 
 
+StateKind: TypeAlias = Literal["weight", "buffer", "exp_avg", "exp_avg_sq", "momentum"]
+"""What of a parameter; the optimizer's names are torch's (`momentum` is SGD's momentum_buffer)."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One whole tensor of the training state, on the CPU; fp32, buffers in their own dtype."""
+
+    name: str
+    """The parameter's or buffer's name in the model that ModelSource built."""
+    kind: StateKind
+    value: torch.Tensor | None
+    """A copy that is the taker's own; None on the ranks that do not own it."""
+
+
+class StateReader(Protocol):
+    """Gives the tensors of a stored state, one at a time."""
+
+    def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
+        """None when the state has no such tensor (no update was made yet)."""
+        ...
+
+
 class Engine(Protocol):
     """Alive during one run. Every method is collective unless it says otherwise."""
 
@@ -260,6 +283,26 @@ class Engine(Protocol):
 
     def memory(self) -> Memory:
         """Local: this rank's device."""
+        ...
+
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+        """Weights, buffers and moments, tied ones once; the value of `name` on rank owner(name).
+
+        Every rank must draw all of it: the tensors come in the same order on each. 16-bit weights
+        are exported from their fp32 masters.
+        """
+        ...
+
+    def import_state(self, reader: StateReader) -> None:
+        """Replace weights, buffers and moments by the reader's; ValueError names what does not fit."""
+        ...
+
+    def extras(self) -> dict[str, JSON]:
+        """Local: what else this rank needs to go on exactly: update counts, loss scaler, random states."""
+        ...
+
+    def restore_extras(self, extras: Mapping[str, JSON]) -> None:
+        """Local; after import_state. Keys of another backend's that mean nothing here are left out."""
         ...
 
     def gather(self, value: JSON) -> list[JSON]:

@@ -126,6 +126,8 @@ class RankMemory(_Part):
     live: CounterFacts | None
     reserved: CounterFacts | None
     rss: CounterFacts | None
+    rss_before_bytes: Natural | None = None
+    """Resident set before the model was built: what the imports cost."""
     categories: dict[str, Natural] | None
 
     @classmethod

@@ -154,8 +154,8 @@ def _world(request: Request, spec: Spec, job: Job | None) -> int:
         return request.processes or spec.launch.processes
     if request.processes not in (None, job.world):
         raise RequestError(
-            f"--nproc {request.processes} contradicts the {job.world} processes of the job that this one joined; "
-            "leave --nproc out"
+            f"--nproc {request.processes} contradicts the job that this process joined, "
+            f"which has {job.world}; leave --nproc out"
         )
     return job.world
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 
-from xtrain.contract import Availability, Counter
+from xtrain.contract import JSON, Availability, Counter
 
 
 class Device(ABC):
@@ -34,6 +36,15 @@ class Device(ABC):
 
     def supports_bf16(self) -> bool:
         return True
+
+    def random_state(self) -> dict[str, JSON]:
+        """torch's generators, as text: the CPU's, and the device's own where it has one."""
+        return {"cpu": _encode(torch.get_rng_state())}
+
+    def set_random_state(self, state: Mapping[str, str]) -> None:
+        """The inverse; what was drawn on another kind of device means nothing here and is left out."""
+        if "cpu" in state:
+            torch.set_rng_state(_decode(state["cpu"]))
 
     def is_out_of_memory(self, error: RuntimeError) -> bool:
         return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
@@ -87,6 +98,14 @@ class Cuda(Device):
         now, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
         return Counter(now, peak, "counter")
 
+    def random_state(self) -> dict[str, JSON]:
+        return {**super().random_state(), "cuda": _encode(torch.cuda.get_rng_state())}
+
+    def set_random_state(self, state: Mapping[str, str]) -> None:
+        super().set_random_state(state)
+        if "cuda" in state:
+            torch.cuda.set_rng_state(_decode(state["cuda"]))
+
     def supports_bf16(self) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -115,8 +134,24 @@ class Mps(Device):
     def reserved(self) -> Counter | None:
         return Counter(torch.mps.driver_allocated_memory(), None, "unavailable")
 
+    def random_state(self) -> dict[str, JSON]:
+        return {**super().random_state(), "mps": _encode(torch.mps.get_rng_state())}
+
+    def set_random_state(self, state: Mapping[str, str]) -> None:
+        super().set_random_state(state)
+        if "mps" in state:
+            torch.mps.set_rng_state(_decode(state["mps"]))
+
     def supports_bf16(self) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 DEVICES: dict[str, type[Device]] = {"cpu": Cpu, "cuda": Cuda, "mps": Mps}

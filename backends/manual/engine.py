@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from xtrain.contract import (
     Memory,
     ModelSource,
     OutOfMemory,
+    StateReader,
+    StateTensor,
     StepInput,
     StepResult,
     StepValues,
@@ -23,6 +26,7 @@ from xtrain.contract import (
 )
 from xtrain.spec.tree import Spec
 
+from . import state
 from .clipping import global_norm, unscale_and_clip
 from .devices import Device
 from .loss_scaling import LossScaler
@@ -47,9 +51,7 @@ class ManualEngine:
         self.model = source.build().to(device.torch_device)
         self.weights = hold_weights(self.model, spec.precision)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(
-            spec.optimizer, self.weights.updated, source, device.fused_optimizer
-        )
+        self.optimizer = build_optimizer(spec.optimizer, self.weights.updated, source, device.fused_optimizer)
         torch.manual_seed(spec.train.seed)  # dropout, from here on
         self.model.train()
 
@@ -118,7 +120,7 @@ class ManualEngine:
         ]
 
     def memory(self) -> Memory:
-        optimizer_state = (value for state in self.optimizer.state.values() for value in state.values())
+        optimizer_state = (value for kept in self.optimizer.state.values() for value in kept.values())
         categories = {
             "parameters": _bytes(self.model.parameters()),
             "master": _bytes(self.weights.masters()),
@@ -126,6 +128,25 @@ class ManualEngine:
             "optimizer": _bytes(optimizer_state),
         }
         return Memory(self.device.live(), self.device.reserved(), categories)
+
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+        return state.export_state(self.model, self.weights, self.optimizer, owner)
+
+    def import_state(self, reader: StateReader) -> None:
+        state.import_state(self.model, self.weights, self.optimizer, reader)
+
+    def extras(self) -> dict[str, JSON]:
+        return {
+            "optimizer_steps": state.optimizer_steps(self.optimizer),
+            "loss_scaler": self.scaler.state() if self.scaler else None,
+            "random": self.device.random_state(),
+        }
+
+    def restore_extras(self, extras: Mapping[str, Any]) -> None:
+        state.set_optimizer_steps(self.optimizer, int(extras["optimizer_steps"]))
+        if self.scaler and extras.get("loss_scaler"):
+            self.scaler.restore(extras["loss_scaler"])
+        self.device.set_random_state(extras.get("random") or {})
 
     def gather(self, value: JSON) -> list[JSON]:
         return [value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xtrain.contract import (
@@ -18,6 +18,8 @@ from xtrain.contract import (
     ModelSource,
     Problem,
     Resolved,
+    StateReader,
+    StateTensor,
     StepInput,
     StepResult,
     StepValues,
@@ -41,7 +43,9 @@ class NullBackend:
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         if world == 1:
             return []
-        return [Problem("launch.processes", str(world), "backend null is always one process", "use --nproc 1")]
+        return [
+            Problem("launch.processes", str(world), "backend null is always one process", "use --nproc 1")
+        ]
 
     def resolve(self, spec: Spec, world: int) -> Resolved:
         return Resolved(self.name, spec, world, notes=["no model is trained: the losses are a formula"])
@@ -73,12 +77,26 @@ class NullEngine:
 
     def fetch(self, results: Sequence[StepResult]) -> list[StepValues]:
         return [
-            StepValues(r.step, float(r.loss_sum) / r.target_tokens, _float(r.grad_norm), bool(r.skipped), None)
+            StepValues(
+                r.step, float(r.loss_sum) / r.target_tokens, _float(r.grad_norm), bool(r.skipped), None
+            )
             for r in results
         ]
 
     def memory(self) -> Memory:
         return Memory(live=None, reserved=None, categories=None)
+
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+        return iter(())
+
+    def import_state(self, reader: StateReader) -> None:
+        pass
+
+    def extras(self) -> dict[str, JSON]:
+        return {}
+
+    def restore_extras(self, extras: Mapping[str, JSON]) -> None:
+        pass
 
     def gather(self, value: JSON) -> list[JSON]:
         return [value]

@@ -1,0 +1,79 @@
+"""The training state by parameter name: out of the engine, and back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from xtrain.contract import StateKind, StateReader, StateTensor
+
+from .precision import Weights
+
+MOMENTS: dict[str, StateKind] = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "momentum_buffer": "momentum",
+}
+"""torch's name in an optimizer's state, and ours."""
+
+
+def export_state(
+    model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, owner: Callable[[str], int]
+) -> Iterator[StateTensor]:
+    """Every tensor of the state, copied to the CPU one at a time. One process: it owns everything."""
+    for name, parameter in model.named_parameters():
+        updated = weights.updated.get(name, parameter)
+        yield StateTensor(name, "weight", _copy(updated))
+        for key, kind in MOMENTS.items():
+            if isinstance(moment := optimizer.state[updated].get(key), torch.Tensor):
+                yield StateTensor(name, kind, _copy(moment))
+    for name, buffer in model.named_buffers():
+        yield StateTensor(name, "buffer", buffer.detach().cpu().clone())
+
+
+@torch.no_grad()
+def import_state(
+    model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, reader: StateReader
+) -> None:
+    """Set weights, buffers and moments, and the model's own 16-bit weights after their masters."""
+    for name, parameter in model.named_parameters():
+        updated = weights.updated.get(name, parameter)
+        _set(updated, reader, name, "weight")
+        for key, kind in MOMENTS.items():
+            moment = reader.read(name, kind)
+            if moment is not None and parameter.requires_grad:
+                optimizer.state[updated][key] = moment.to(updated.device, updated.dtype).reshape(
+                    updated.shape
+                )
+    for name, buffer in model.named_buffers():
+        _set(buffer, reader, name, "buffer")
+    weights.publish()
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Updates made so far, as Adam's bias correction counts them (skipped ones are not counted)."""
+    steps = (state["step"] for state in optimizer.state.values() if "step" in state)
+    return int(next(steps, 0))
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """The count beside each parameter's moments, as torch's AdamW keeps it: one fp32 number a tensor."""
+    for parameter, state in optimizer.state.items():
+        if "exp_avg" in state:
+            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+
+
+def _set(tensor: torch.Tensor, reader: StateReader, name: str, kind: StateKind) -> None:
+    stored = reader.read(name, kind)
+    if stored is None:
+        raise ValueError(f"the state has no {kind} of {name}")
+    if stored.shape != tensor.shape:
+        raise ValueError(f"{kind} of {name}: found {tuple(stored.shape)}, expected {tuple(tensor.shape)}")
+    tensor.copy_(stored)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
