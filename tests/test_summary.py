@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
@@ -28,7 +29,7 @@ def test_the_whole_table() -> None:
     assert render_summary(sample_record(), Path("runs/tiny-1")) == WHOLE
 
 
-def rows(**changes: object) -> dict[str, str]:
+def rows(**changes: Any) -> dict[str, str]:
     lines = render_summary(sample_record(**changes), Path("out")).splitlines()
     width = lines[0].index("done") if "done" in lines[0] else lines[-1].index("out")
     return {line[:width].strip(): line[width:] for line in lines}
