@@ -25,6 +25,8 @@ class Training:
     step_seconds: list[float]
     losses: list[float]
     """Mean over the step's targets."""
+    total_seconds: float
+    """All steps, and whatever happened between them."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Measured:
 
     step_seconds: list[float]
     losses: list[float]
+    total_seconds: float
     imports_bytes: int
     """Resident when everything was imported and nothing built."""
     peak_bytes: int
@@ -58,7 +61,9 @@ def main(train: Callable[[Path], Training]) -> None:
     training = train(arguments.folder)
     peak_bytes = resident_bytes().peak_bytes
     assert peak_bytes is not None
-    measured = Measured(training.step_seconds, training.losses, imports_bytes, peak_bytes, list(sys.modules))
+    measured = Measured(
+        **asdict(training), imports_bytes=imports_bytes, peak_bytes=peak_bytes, modules=list(sys.modules)
+    )
     arguments.result.write_text(json.dumps(asdict(measured)))
 
 

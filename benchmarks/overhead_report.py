@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import mean, median
@@ -25,12 +25,18 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 METHOD = f"""\
 Two programs train the same model from the same weights on the same batches in the same order, each
 run in a fresh process, in turns (A B A B ... A). A run's speed is its tokens per step over the median
-seconds of a step, without the first {WARMUP_STEPS} steps and without those that xtrain traces. *speed*: each
-xtrain run over the mean of the hand-written runs before and after it. *whole*: the same with the
-mean step instead of the median. *A/A*: each hand-written run over the one before it, the noise of the
-machine. Medians, with the 10th and 90th percentile in brackets. *memory*: largest resident set minus
-the resident set after all imports, xtrain over hand-written, with MALLOC_MMAP_THRESHOLD_=131072, in
-separate runs. *loss difference*: the largest relative one at any step.
+seconds of a step, without the first {WARMUP_STEPS} steps and without those that xtrain traces.
+
+- *speed*: each xtrain run over the mean of the hand-written runs before and after it.
+- *whole*: the same for all tokens over all seconds from the first step to the last, with warm-up,
+  traced steps, and the records written between steps.
+- *A/A*: each hand-written run over the one before it: the noise of the machine.
+- *memory*: largest resident set minus the resident set after all imports, xtrain over hand-written,
+  with MALLOC_MMAP_THRESHOLD_=131072, in separate runs.
+- *loss difference*: the largest relative one at any step.
+
+Ratios are medians, with the 10th and 90th percentile in brackets.
+
 """
 
 
@@ -100,8 +106,8 @@ Runs = tuple[list[Measured], list[Measured]]
 def evaluate(engine: str, precision: str, size: str, load: Workload, speed: Runs, memory: Runs) -> CaseResult:
     """`speed` has one run more of A than of B; `memory` as many of each."""
     baseline, ours = speed
-    typical = [[tokens_per_second(run, load, median) for run in runs] for runs in speed]
-    whole = [[tokens_per_second(run, load, mean) for run in runs] for runs in speed]
+    typical = [[tokens_per_second(run, load) for run in runs] for runs in speed]
+    whole = [[load.steps * load.tokens_per_step / run.total_seconds for run in runs] for runs in speed]
     growth = [median([run.growth_bytes for run in runs]) for runs in memory]
     return CaseResult(
         engine=engine,
@@ -121,14 +127,14 @@ def evaluate(engine: str, precision: str, size: str, load: Workload, speed: Runs
     )
 
 
-def tokens_per_second(run: Measured, load: Workload, average: Callable[[list[float]], float]) -> float:
-    """Over the steps that count: warm, and not traced."""
+def tokens_per_second(run: Measured, load: Workload) -> float:
+    """Of the median step among those that count: warm, and not traced."""
     counted = [
         seconds
         for step, seconds in enumerate(run.step_seconds)
         if step >= WARMUP_STEPS and not is_traced(step, load.steps)
     ]
-    return load.tokens_per_step / average(counted)
+    return load.tokens_per_step / median(counted)
 
 
 def against_neighbours(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:

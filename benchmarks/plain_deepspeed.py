@@ -52,6 +52,7 @@ def train(folder: Path) -> measured.Training:
     optimizer = build_optimizer(load, model, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(load))
     losses, step_seconds = [], []
+    beginning = perf_counter()
 
     for step in range(load.steps):
         start = perf_counter()
@@ -66,7 +67,8 @@ def train(folder: Path) -> measured.Training:
         losses.append(step_loss)
         step_seconds.append(perf_counter() - start)
 
-    return measured.Training(step_seconds, torch.stack(losses).tolist())
+    values = torch.stack(losses).tolist()
+    return measured.Training(step_seconds, values, perf_counter() - beginning)
 
 
 if __name__ == "__main__":

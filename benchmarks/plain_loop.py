@@ -48,6 +48,7 @@ def train(folder: Path) -> measured.Training:
     parameters = list(model.parameters())
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=load.precision == "bf16")
     losses, step_seconds = [], []
+    beginning = perf_counter()
 
     for step in range(load.steps):
         start = perf_counter()
@@ -65,7 +66,8 @@ def train(folder: Path) -> measured.Training:
         losses.append(step_loss)
         step_seconds.append(perf_counter() - start)
 
-    return measured.Training(step_seconds, torch.stack(losses).tolist())
+    values = torch.stack(losses).tolist()
+    return measured.Training(step_seconds, values, perf_counter() - beginning)
 
 
 if __name__ == "__main__":

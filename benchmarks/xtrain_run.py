@@ -1,6 +1,7 @@
 """`xtrain run` on a workload, in this process, so that its memory can be counted above the imports.
 
-Which backend: the environment variable BENCHMARK_BACKEND. Speed and losses come from metrics.jsonl.
+Which backend: the environment variable BENCHMARK_BACKEND. Speed and losses come from metrics.jsonl, the
+seconds of all training from record.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def train(folder: Path) -> measured.Training:
         if end.code:
             raise
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return measured.Training([row["seconds"] for row in rows], [row["loss"] for row in rows])
+    total_seconds = json.loads((out / "record.json").read_text())["totals"]["seconds"]
+    return measured.Training([row["seconds"] for row in rows], [row["loss"] for row in rows], total_seconds)
 
 
 if __name__ == "__main__":

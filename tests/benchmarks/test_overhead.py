@@ -20,7 +20,7 @@ def run(step_seconds: float, growth_bytes: int = 100, loss: float = 5.0) -> Meas
     """A run whose warm-up and traced steps are slow, and all others equal."""
     slow = [step < 5 or is_traced(step, LOAD.steps) for step in range(LOAD.steps)]
     seconds = [9.0 if is_slow else step_seconds for is_slow in slow]
-    return Measured(seconds, [loss] * LOAD.steps, 1000, 1000 + growth_bytes, [])
+    return Measured(seconds, [loss] * LOAD.steps, sum(seconds), 1000, 1000 + growth_bytes, [])
 
 
 def case(ours: Measured, precision: str = "fp32") -> CaseResult:
@@ -45,6 +45,13 @@ def test_equal_loops_give_one_whatever_warm_up_and_traced_steps_took() -> None:
     assert result.speed.median == pytest.approx(1.0)
     assert result.tokens_per_second["plain"] == pytest.approx(LOAD.tokens_per_step / 0.1)
     assert result.verdict == "met"
+
+
+def test_whole_run_counts_what_single_steps_leave_out() -> None:
+    ours = run(0.1)
+    result = case(replace(ours, total_seconds=2 * ours.total_seconds))
+    assert result.speed.median == pytest.approx(1.0)
+    assert result.whole.median == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
