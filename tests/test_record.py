@@ -61,6 +61,7 @@ def changed(**changes: Any) -> str:
         (changed(world=0), "world: Input should be greater than or equal to 1"),
         (changed(world="1"), "world: Input should be a valid integer"),
         (changed(status="fine"), "status: Input should be 'done', 'stopped', 'failed' or 'interrupted'"),
+        (changed(settings={"a": [float("nan")]}), "settings: Value error, Out of range float values"),
         (changed(memory=[{"rank": -1}]), "memory.0.rank: Input should be greater than or equal to 0"),
         (
             changed(loss={"first": float("nan"), "last": 1.0, "min": 1.0}),

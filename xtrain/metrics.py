@@ -8,14 +8,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, TypeAlias
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from xtrain.errors import RequestError, RunFailed
 
 LARGEST_METRICS_BYTES = 1 << 30
 LARGEST_LINE_BYTES = 1 << 20
+
+
+Natural: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class MetricsError(RequestError):
@@ -28,23 +31,23 @@ class StepRecord:
 
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
 
-    step: int
+    step: Natural
     """1-based."""
     loss: float | None
     """Mean over the global batch's targets."""
     lr: float
     grad_norm: float | None
     """Global, before clipping, without any loss scale."""
-    tokens: int
+    tokens: Natural
     """Targets in the global batch."""
     seconds: float | None
     """Of this step; the window's mean where the device is asynchronous."""
     skipped: bool
     loss_scale: float | None = None
     eval_loss: float | None = None
-    live_bytes: int | None = None
-    reserved_bytes: int | None = None
-    rss_bytes: int | None = None
+    live_bytes: Natural | None = None
+    reserved_bytes: Natural | None = None
+    rss_bytes: Natural | None = None
     spans: dict[str, float] | None = None
     """Seconds by phase, on traced steps only."""
 

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from xtrain.contract import Counter, Memory
 from xtrain.errors import RequestError
-from xtrain.metrics import StepRecord
+from xtrain.metrics import Natural, StepRecord
 from xtrain.rundir import write_json
 from xtrain.speed import Speed, TimeSplit
 
@@ -27,18 +27,27 @@ SCHEMA_VERSION: Final = 1
 LARGEST_RECORD_BYTES = 64 << 20
 
 Status: TypeAlias = Literal["done", "stopped", "failed", "interrupted"]
-Natural: TypeAlias = Annotated[int, Field(ge=0)]
+
+
+def _finite(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(value, allow_nan=False)  # JsonValue lets NaN pass, which JSON does not know
+    return value
+
+
+JsonObject: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 
 
 class RecordError(RequestError):
     """A record that is missing, damaged, or not what it says."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Strict, frozen, finite; unknown keys are ignored."""
+
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class DataFacts(_Part):
+class DataFacts(Part):
     """What was trained on."""
 
     description: str
@@ -48,13 +57,13 @@ class DataFacts(_Part):
     """Whether another machine would have the same; stdlib's text depends on Python's version."""
 
 
-class ModelFacts(_Part):
+class ModelFacts(Part):
     description: str
     parameters: Natural
     """Tied ones once, over all ranks."""
 
 
-class Totals(_Part):
+class Totals(Part):
     """Of the steps in metrics.jsonl."""
 
     steps: Natural
@@ -74,7 +83,7 @@ class Totals(_Part):
         )
 
 
-class LossFacts(_Part):
+class LossFacts(Part):
     """Training losses; None where no loss was finite."""
 
     first: float | None
@@ -92,7 +101,7 @@ class LossFacts(_Part):
         )
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """On the held-out part."""
 
     last: float
@@ -111,7 +120,7 @@ class Evaluation(_Part):
         return cls(last=last, last_step=last_step, min=lowest, min_step=min_step)
 
 
-class CounterFacts(_Part):
+class CounterFacts(Part):
     """One way of counting; see xtrain.contract.Counter."""
 
     bytes: Natural
@@ -119,7 +128,7 @@ class CounterFacts(_Part):
     method: Literal["counter", "sampled", "unavailable"]
 
 
-class RankMemory(_Part):
+class RankMemory(Part):
     """What one rank held. Three ways of counting, never mixed; None where one is not to be had."""
 
     rank: Natural
@@ -145,7 +154,7 @@ class RankMemory(_Part):
         )
 
 
-class RunRecord(_Part):
+class RunRecord(Part):
     """The whole of record.json. Bytes are integers, seconds floats, what was not measured is null."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -154,12 +163,12 @@ class RunRecord(_Part):
     """Why it failed, for people."""
     backend: str
     world: Annotated[int, Field(ge=1)]
-    spec: dict[str, JsonValue]
+    spec: JsonObject
     """Complete: every key, defaults included."""
-    settings: dict[str, JsonValue]
+    settings: JsonObject
     """What the backend decided."""
     notes: list[str]
-    environment: dict[str, JsonValue]
+    environment: JsonObject
     threads: Annotated[int, Field(ge=1)] | None
     """For the CPU's arithmetic, per process."""
     matmul_precision: str | None
@@ -173,7 +182,7 @@ class RunRecord(_Part):
     time_split: TimeSplit | None
     memory: list[RankMemory]
     """By rank."""
-    predicted: dict[str, JsonValue] | None = None
+    predicted: JsonObject | None = None
     """What the planner said before the run."""
 
 
