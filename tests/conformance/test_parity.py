@@ -1,0 +1,140 @@
+"""The promise: the same training on every backend, sharding stage and world size.
+
+All in fp32 unless a test says otherwise; 20 updates of a small GPT with accumulation 4, warm-up and
+cosine. AdamW is nearly blind to a constant factor on the gradients, and so is SGD under a clip that
+bites at every step; SGD without clipping is not. So all three are compared, norms too, and two
+controls (learning rate 1% off, gradients doubled) must be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conformance.cases import (
+    BF16,
+    BITING_CLIP,
+    CONTROLS,
+    ONE_UPDATE,
+    SHARDING,
+    STEPS,
+    TRAININGS,
+    Case,
+    Lane,
+    Training,
+)
+from tests.conformance.plain import Curve, train
+from xtrain import registry
+from xtrain.spec.tree import Spec
+
+pytestmark = pytest.mark.slow
+
+FP32_TOLERANCE = 1e-5
+"""Relative; measured: see docs/proofs.md."""
+
+REFERENCE = Lane("cpu")
+ALONE = [
+    REFERENCE,
+    *(Lane(name) for name, found in registry.survey().items() if name in ("cuda", "mps") and found.usable),
+    *(Lane("deepspeed", sharding) for sharding in SHARDING),
+]
+TOGETHER = [Lane("deepspeed", sharding, world=2) for sharding in SHARDING]
+LANES = ALONE + TOGETHER
+ACCUMULATIONS = [Training(f"accumulation-{n}", clip=None, masked=0.3, accumulation=n) for n in (1, 2, 4)]
+
+
+def cases_on(lane: Lane) -> list[Case]:
+    return [training.on(lane) for training in (*TRAININGS, *ACCUMULATIONS, *ONE_UPDATE, BF16)]
+
+
+class Lanes:
+    """Every lane's results, each job started once."""
+
+    def __init__(self, run: Callable[..., tuple[dict[str, Any], Path]]) -> None:
+        controls = [control.on(REFERENCE) for control in CONTROLS]
+        alone, self.alone_folder = run([c for lane in ALONE for c in cases_on(lane)] + controls, 1)
+        together, self.together_folder = run([c for lane in TOGETHER for c in cases_on(lane)], 2)
+        self.results = alone | together
+
+    def of(self, training: Training, lane: Lane) -> dict[str, Any]:
+        found: dict[str, Any] = self.results[f"{training.name}@{lane}"]
+        return found
+
+    def weights(self, training: Training, lane: Lane) -> dict[str, np.ndarray]:
+        folder = self.alone_folder if lane.world == 1 else self.together_folder
+        with np.load(folder / f"{training.name}@{lane}.npz") as stored:
+            return dict(stored)
+
+
+@pytest.fixture(scope="module")
+def lanes(run_cases: Callable[..., tuple[dict[str, Any], Path]]) -> Lanes:
+    return Lanes(run_cases)
+
+
+@cache
+def anchor(name: str) -> Curve:
+    training = next(t for t in (*TRAININGS, *ACCUMULATIONS) if t.name == name)
+    return train(Spec.model_validate(training.on(REFERENCE).spec))
+
+
+def difference(found: list[float], expected: list[float]) -> float:
+    """The largest relative difference."""
+    assert len(found) == len(expected) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+@pytest.mark.parametrize("training", TRAININGS, ids=lambda t: t.name)
+def test_losses_and_norms_equal_a_plain_loops(training: Training, lane: Lane, lanes: Lanes) -> None:
+    found, expected = lanes.of(training, lane), anchor(training.name)
+    assert difference(found["losses"], expected.losses) <= FP32_TOLERANCE
+    assert difference(found["norms"], expected.norms) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+@pytest.mark.parametrize("training", ACCUMULATIONS, ids=lambda t: t.name)
+def test_masked_targets_agree_whatever_the_accumulation(training: Training, lane: Lane, lanes: Lanes) -> None:
+    """Micro-batches then have unequal numbers of targets: averaging their means would be wrong."""
+    expected = anchor("accumulation-1")
+    assert difference(lanes.of(training, lane)["losses"], expected.losses) <= FP32_TOLERANCE
+    assert difference(lanes.of(training, lane)["norms"], expected.norms) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+@pytest.mark.parametrize("training", ONE_UPDATE, ids=lambda t: t.name)
+def test_one_update_from_equal_states_gives_equal_parameters(
+    training: Training, lane: Lane, lanes: Lanes
+) -> None:
+    """Parameter by parameter, so that twenty steps of chaos can neither hide nor fake a fault."""
+    found, expected = lanes.weights(training, lane), lanes.weights(training, REFERENCE)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda t: t.name)
+def test_controls_are_told_apart(control: Training, lanes: Lanes) -> None:
+    found, expected = lanes.of(control, REFERENCE), anchor("sgd")
+    assert difference(found["losses"], expected.losses) > 10 * FP32_TOLERANCE
+
+
+def test_the_clip_bites_at_every_step() -> None:
+    assert min(anchor("sgd-clipped").norms) > BITING_CLIP
+
+
+def test_the_model_learns() -> None:
+    losses = anchor("adamw").losses
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+def test_bf16_autocast_stays_in_its_band(lane: Lane, lanes: Lanes) -> None:
+    """One process: the same products in the same order. Two: each has other shapes, so other roundings."""
+    found, expected = lanes.of(BF16, lane), lanes.of(BF16, REFERENCE)
+    band = 1e-5 if lane.world == 1 else 1e-3
+    assert difference(found["losses"], expected["losses"]) <= band

@@ -1,0 +1,115 @@
+"""Runs cases through the seam, as `xtrain run` does, and writes down what the tests compare.
+
+    python -m tests.conformance.worker CASES.json OUT_FOLDER
+
+or the same under torch.distributed.run. One process runs many cases: starting one costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xtrain import registry
+from xtrain.contract import Engine, Job, ModelSource
+from xtrain.data import open_data
+from xtrain.loop import Loop
+from xtrain.metrics import StepRecord
+from xtrain.models.source import model_source
+from xtrain.schedule import learning_rate
+from xtrain.spec.tree import Spec
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def saw(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+
+class DoubledGradients:
+    """A model source whose gradients are twice too large while its losses are right."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.description = source.description
+
+    def build(self) -> Any:
+        import torch
+
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+                return loss.clone()
+
+            @staticmethod
+            def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+                return upstream * 2
+
+        model = self.source.build()
+        plain = model.forward
+        model.forward = lambda tokens, targets: Doubled.apply(plain(tokens, targets))
+        return model
+
+    def decayed(self, name: str, parameter: Any) -> bool:
+        return self.source.decayed(name, parameter)
+
+
+def run_case(case: dict[str, Any], job: Job, out: Path) -> dict[str, Any]:
+    """Train; returns losses and norms, and with `keep_weights` leaves the weights in OUT/<name>.npz."""
+    spec = Spec.model_validate(case["spec"])
+    data = open_data(spec, show_progress=False)
+    source: ModelSource = model_source(spec, data.vocab_size)
+    if case["doubled_gradients"]:
+        source = DoubledGradients(source)
+    backend = registry.load(case["backend"])
+    problems = backend.problems(spec, job.world)
+    if problems:
+        return {"refused": [str(problem) for problem in problems]}
+    engine = backend.start(backend.resolve(spec, job.world), source, job)
+    collector = Collector()
+    Loop(engine, data, learning_rate(spec), collector, window_steps=7, eval_every=spec.train.eval_every).run(
+        0, spec.train.steps
+    )
+    if case["keep_weights"]:
+        _keep_weights(engine, job, out / f"{case['name']}.npz")
+    engine.close()
+    return {
+        "losses": [record.loss for record in collector.records],
+        "norms": [record.grad_norm for record in collector.records],
+        "eval_losses": [record.eval_loss for record in collector.records],
+        "skipped": [record.skipped for record in collector.records],
+        "loss_scales": [record.loss_scale for record in collector.records],
+    }
+
+
+def _keep_weights(engine: Engine, job: Job, path: Path) -> None:
+    exported = engine.export_state(lambda name: 0)
+    weights = {t.name: t.value.numpy() for t in exported if t.kind == "weight" and t.value is not None}
+    if job.rank == 0:
+        np.savez(path, **weights)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    job = Job(
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+    results = {case["name"]: run_case(case, job, out) for case in cases}
+    if job.rank == 0:
+        (out / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
