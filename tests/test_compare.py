@@ -183,10 +183,12 @@ cpu          2,000 (2,000 to 2,000)   16               1            1          f
 deepspeed:2  not measured             not measured     2            1          fp32         highest
 
 Memory
-lane         live tensors, counter    live tensors, sampled    resident set of the process, counter
------------  -----------------------  -----------------------  --------------------------------------
-cpu          not measured             100.0 MiB                2.00 GiB
-deepspeed:2  300.0 MiB                not measured             2.00 GiB"""
+lane         live tensors, peak (counter)    live tensors, peak (sampled)    \
+resident set of the process, peak (counter)
+-----------  ------------------------------  ------------------------------  \
+---------------------------------------------
+cpu          not measured                    100.0 MiB                       2.00 GiB
+deepspeed:2  300.0 MiB                       not measured                    2.00 GiB"""
 
 
 def two_lanes(root: Path) -> Comparison:

@@ -130,7 +130,9 @@ def _speed(lanes: Sequence[tuple[LaneReport, Figures]]) -> Table:
 def _memory(lanes: Sequence[tuple[LaneReport, Figures]]) -> Table:
     """One column for each way of counting that a lane has: unlike figures never share one."""
     cells = {lane.name: _memory_cells(figures) for lane, figures in lanes}
-    columns = [(key, method) for key in COUNTERS for method in ("counter", "sampled", "at the end")]
+    columns = [
+        (key, method) for key in COUNTERS for method in ("peak (counter)", "peak (sampled)", "at the end")
+    ]
     used = [column for column in columns if any(column in found for found in cells.values())]
     headers = ["lane", *(f"{COUNTERS[key]}, {method}" for key, method in used)]
     rows = [[name, *(found.get(column, NOT_MEASURED) for column in used)] for name, found in cells.items()]
@@ -143,7 +145,7 @@ def _memory_cells(figures: Figures) -> dict[tuple[str, str], str]:
     for key in COUNTERS:
         counter = getattr(figures, key)
         if counter is not None and counter.peak_bytes is not None:
-            found[key, counter.method] = format_bytes(counter.peak_bytes)
+            found[key, f"peak ({counter.method})"] = format_bytes(counter.peak_bytes)
         elif counter is not None:
             found[key, "at the end"] = format_bytes(counter.bytes)
     return found
