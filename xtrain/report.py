@@ -144,7 +144,7 @@ def _memory_cells(figures: Figures) -> dict[tuple[str, str], str]:
     found = {}
     for key in COUNTERS:
         counter = getattr(figures, key)
-        if counter is not None and counter.peak_bytes is not None:
+        if counter is not None and counter.peak_bytes is not None and counter.method != "unavailable":
             found[key, f"peak ({counter.method})"] = format_bytes(counter.peak_bytes)
         elif counter is not None:
             found[key, "at the end"] = format_bytes(counter.bytes)
