@@ -35,8 +35,8 @@ seconds of a step, without the first {WARMUP_STEPS} steps and without those that
   with MALLOC_MMAP_THRESHOLD_=131072, in separate runs.
 - *loss difference*: the largest relative one at any step.
 
-Ratios are medians, with the 10th and 90th percentile in brackets.
-
+Ratios are medians, with the 10th and 90th percentile in brackets. Where even A/A falls below the bar at
+its 10th percentile, the verdict says "noisy": repeat it on a quieter machine.
 """
 
 
@@ -87,7 +87,8 @@ class CaseResult:
     def verdict(self) -> str:
         if not self.same_training:
             return "not the same training"
-        return "met" if self.passed else "missed"
+        noise = ", noisy" if self.control.low < SPEED_BARS[self.size] else ""
+        return f"{'met' if self.passed else 'missed'}{noise}"
 
     def sentence(self) -> str:
         return (

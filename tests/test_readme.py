@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_xtrain_command_is_understood(words: list[str], monkeypatch: pytest.Monk
 @pytest.mark.parametrize("words", XTRAIN_COMMANDS, ids=" ".join)
 def test_files_and_backends_of_an_xtrain_command_exist(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words if word.endswith((".yaml", ".yml")))
-    named = [value for option, value in zip(words, words[1:], strict=False) if option.startswith("--backend")]
+    named = [value for option, value in pairwise(words) if option.startswith("--backend")]
     lanes = [lane.partition(":")[0] for value in named for lane in value.split(",")]
     assert set(lanes) <= {*registry.names(), "auto"}
 

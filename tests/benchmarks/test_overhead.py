@@ -68,6 +68,12 @@ def test_bars_tell_enough_from_too_little(ours: Measured, verdict: str) -> None:
     assert case(ours).verdict == verdict
 
 
+def test_verdict_says_when_the_machine_is_too_noisy_for_it() -> None:
+    speed = ([run(0.1), run(0.12)], [run(0.1)])
+    result = evaluate("cpu", "fp32", "micro", LOAD, speed, ([run(0.1)], [run(0.1)]))
+    assert result.verdict == "met, noisy"
+
+
 def test_bf16_may_differ_by_its_own_rounding() -> None:
     assert case(run(0.1, loss=5.001), "bf16").same_training
 
