@@ -1,0 +1,1 @@
+"""Checkpoints: one portable format, written by xtrain alone, read by every engine."""

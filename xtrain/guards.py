@@ -1,0 +1,98 @@
+"""Guards of a run's stability: whether a step that looks wrong is allowed to change the weights.
+
+Asked between clipping and update with the loss and the norm of the whole global batch, so every rank
+of every backend decides alike. A skipped step is counted and logged; its data is not seen again in
+this epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from xtrain.contract import JSON, StepValues
+from xtrain.errors import RunFailed
+from xtrain.spec.tree import Precision, Stability
+
+FLOOR_OVERFLOWS = 5
+"""Overflows in a row, with the loss scale as low as it may go, that end a run."""
+
+
+class Guards:
+    """`accept` is the contract's: False skips the update."""
+
+    def __init__(self, section: Stability) -> None:
+        self._section = section
+        self._losses: deque[float] = deque(maxlen=section.window)
+        self.skips_in_a_row = 0
+        self.last_reason = ""
+
+    def accept(self, loss: float, norm: float | None) -> bool:
+        """Take in one step. `norm` is None where the engine cannot know it: then it has no verdict."""
+        reason = self._reason(loss, norm)
+        if reason:
+            self.skips_in_a_row += 1
+            self.last_reason = reason
+        else:
+            self.skips_in_a_row = 0
+            self._losses.append(loss)
+        return not reason
+
+    def check(self) -> None:
+        """Raise RunFailed after `stop_after` skips in a row."""
+        limit = self._section.stop_after
+        if limit is not None and self.skips_in_a_row >= limit:
+            raise RunFailed(
+                f"{self.skips_in_a_row} steps in a row were skipped (stability.stop_after is {limit}); "
+                f"the last because {self.last_reason}. Lower optimizer.lr or lengthen schedule.warmup, and "
+                "go on from a checkpoint before it began"
+            )
+
+    def state(self) -> dict[str, JSON]:
+        return {"losses": list(self._losses), "skips_in_a_row": self.skips_in_a_row}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._losses.clear()
+        self._losses.extend(float(loss) for loss in state["losses"])
+        self.skips_in_a_row = int(state["skips_in_a_row"])
+
+    def _reason(self, loss: float, norm: float | None) -> str:
+        """Why this step must not count; empty when it may."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if norm is not None and not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        limit = self._section.grad_norm
+        if limit is not None and norm is not None and norm > limit:
+            return f"the gradient norm {norm:.4g} is above stability.grad_norm {limit:g}"
+        return self._spike(loss)
+
+    def _spike(self, loss: float) -> str:
+        times = self._section.loss_spike
+        if times is None or len(self._losses) < self._section.window:
+            return ""
+        mean = sum(self._losses) / len(self._losses)
+        if loss <= times * mean:
+            return ""
+        return f"the loss {loss:.4g} is above {times:g} x {mean:.4g}, the mean of the last {len(self._losses)}"
+
+
+class OverflowWatch:
+    """Ends a run whose loss scale cannot go lower and whose gradients still overflow."""
+
+    def __init__(self, precision: Precision) -> None:
+        self._floor = precision.min_loss_scale if precision.loss_scale == 0 else precision.loss_scale
+        self._in_a_row = 0
+
+    def check(self, values: StepValues) -> None:
+        """Take in one step; raises RunFailed at the FLOOR_OVERFLOWS-th overflow in a row at the floor."""
+        at_floor = values.loss_scale is not None and values.loss_scale <= self._floor
+        self._in_a_row = self._in_a_row + 1 if values.skipped and at_floor else 0
+        if self._in_a_row >= FLOOR_OVERFLOWS:
+            raise RunFailed(
+                f"fp16 gradients overflowed in {self._in_a_row} steps in a row although the loss scale is at its "
+                f"floor ({self._floor:g}): the training diverges, or the model needs more range than fp16 has. "
+                "Use precision: bf16, or lower optimizer.lr"
+            )
