@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 # What json.dumps takes; a recursive alias would need `type`, which Python 3.11 has not.
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 IGNORED_TARGET = -100
 """A target with this value has no loss (PyTorch's `ignore_index` default)."""
