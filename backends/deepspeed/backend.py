@@ -1,0 +1,37 @@
+"""What DeepSpeed can honour, what it is told, and how it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xtrain.contract import Availability, Job, ModelSource, Problem, Resolved
+
+from .environment import prepare, probe
+from .support import find_notes, find_problems
+from .translate import stage_of, translate
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+    from .engine import DeepSpeedEngine
+
+
+class DeepSpeedBackend:
+    name = "deepspeed"
+
+    def probe(self) -> Availability:
+        return probe()
+
+    def problems(self, spec: Spec, world: int) -> list[Problem]:
+        return find_problems(spec, world)
+
+    def resolve(self, spec: Spec, world: int) -> Resolved:
+        ds_config = translate(spec, world)
+        settings = {"zero_stage": stage_of(spec), "ds_config": ds_config}
+        return Resolved(self.name, spec, world, settings, find_notes(spec), {"ds_config.json": ds_config})
+
+    def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
+        prepare()
+        from .engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(resolved, model, job)

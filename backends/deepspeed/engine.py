@@ -1,0 +1,162 @@
+"""DeepSpeed does the work; this says what the work is, and cancels what it would divide by on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xtrain.contract import (
+    IGNORED_TARGET,
+    JSON,
+    Accept,
+    Batch,
+    Counter,
+    Job,
+    LossSum,
+    Memory,
+    ModelSource,
+    Resolved,
+    StateReader,
+    StateTensor,
+    StepInput,
+    StepResult,
+    StepValues,
+    Trace,
+)
+
+from .environment import device_of, start_process_group
+from .norm import clip_replicated
+from .optimizer import build_optimizer
+from .translate import stage_of
+
+
+class DeepSpeedEngine:
+    """Implements xtrain.contract.Engine on a deepspeed.DeepSpeedEngine."""
+
+    def __init__(self, resolved: Resolved, source: ModelSource, job: Job) -> None:
+        import deepspeed
+
+        spec = resolved.spec
+        self.spec = spec
+        self.stage = stage_of(spec)
+        self.device = device_of(job)
+        self.asynchronous = self.device.type != "cpu"
+        start_process_group(job, self.device)
+        self.data_rank, self.data_size = job.rank, job.world
+        model = source.build()
+        self.parameter_count = sum(p.numel() for p in model.parameters())
+        self.threads = torch.get_num_threads()
+        self.matmul_precision = torch.get_float32_matmul_precision()
+        optimizer = build_optimizer(spec.optimizer, model, source)
+        config = dict(resolved.settings["ds_config"])  # type: ignore[call-overload]
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.optimizer = optimizer
+        torch.manual_seed(spec.train.seed + job.rank)  # dropout, from here on
+        self.engine.train()
+
+    def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
+        """Forward and backward of this rank's micro-batches, then one update of all ranks.
+
+        DeepSpeed averages gradients over ranks, so the loss is multiplied by their number; it is told
+        not to divide by the accumulation. What is left is the sum over the global batch, divided by
+        its targets.
+        """
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in step.micro_batches:
+            with trace.span("forward"):
+                loss = self.engine(*self._to_device(batch))
+            with trace.span("backward"):  # DeepSpeed reduces gradients in here
+                self.engine.backward(loss * (self.data_size / step.target_tokens), scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            if batch is not step.micro_batches[-1]:
+                self.engine.step()
+        scale = self._loss_scale()
+        with trace.span("optimizer"):
+            norm = self._update(step, loss_sum, accept)
+        skipped = self._vetoed or bool(getattr(self.engine.optimizer, "overflow", False))
+        return StepResult(step.step, step.target_tokens, loss_sum, norm, skipped, scale)
+
+    def _update(self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None) -> torch.Tensor | float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = step.lr
+        own_norm = clip_replicated(self.engine.module, self.spec.train.clip) if self.stage == 0 else None
+        self._vetoed = False
+        self.optimizer.veto = self._ask_once(accept, step, loss_sum, own_norm) if accept else None
+        self.engine.step()
+        return own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+
+    def _ask_once(
+        self, accept: Accept, step: StepInput, loss_sum: torch.Tensor, own_norm: torch.Tensor | None
+    ) -> Callable[[], bool]:
+        """The optimizer's veto: asks the guard at DeepSpeed's first call, when the norm is known."""
+        loss = float(self._reduced(loss_sum)) / step.target_tokens
+        verdict: list[bool] = []
+
+        def veto() -> bool:
+            if not verdict:
+                norm = own_norm if own_norm is not None else self.engine.optimizer._global_grad_norm
+                verdict.append(not accept(loss, float(norm)))
+                self._vetoed = verdict[0]
+            return verdict[0]
+
+        return veto
+
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        self.engine.eval()
+        sums = torch.zeros(2, device=self.device)
+        with torch.no_grad():
+            for batch in batches:
+                sums[0] += self.engine(*self._to_device(batch))
+                sums[1] += int((batch.targets != IGNORED_TARGET).sum())
+        self.engine.train()
+        total, tokens = self._reduced(sums).tolist()
+        return LossSum(total, int(tokens))
+
+    def fetch(self, results: Sequence[StepResult]) -> list[StepValues]:
+        if not results:
+            return []
+        losses = self._reduced(torch.stack([torch.as_tensor(r.loss_sum) for r in results]))
+        norms = torch.stack([torch.as_tensor(r.grad_norm, device=self.device) for r in results])
+        pairs = torch.stack([losses, norms.to(losses.dtype)]).tolist()
+        return [
+            StepValues(r.step, loss / r.target_tokens, norm, bool(r.skipped), r.loss_scale)
+            for r, loss, norm in zip(results, *pairs, strict=True)
+        ]
+
+    def memory(self) -> Memory:
+        live = reserved = None
+        if self.device.type == "cuda":
+            live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
+            reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
+        return Memory(live, reserved, categories=None)
+
+    def gather(self, value: JSON) -> list[JSON]:
+        gathered: list[Any] = [None] * self.data_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on every rank."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def _loss_scale(self) -> float | None:
+        if self.spec.precision.dtype != "fp16":
+            return None
+        return float(self.engine.optimizer.loss_scale)
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
+        return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

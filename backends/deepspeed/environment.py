@@ -1,0 +1,91 @@
+"""What DeepSpeed reads from its surroundings: accelerator, compiler, rendezvous, noise."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import socket
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xtrain.contract import Availability, Job
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def probe() -> Availability:
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        return Availability(False, "deepspeed is not installed; pip install 'xtrain[deepspeed]'")
+    prepare()
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return Availability(True, f"DeepSpeed {installed} on {count} NVIDIA GPU{'s'[: count != 1]}", preference=40)
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        return Availability(
+            False, f"DeepSpeed {installed} compiles an operator for the CPU and needs {' and '.join(missing)}"
+        )
+    return Availability(True, f"DeepSpeed {installed} on the CPU", preference=0)
+
+
+def prepare() -> None:
+    """Before deepspeed is first imported: choose the accelerator, find ninja, keep quiet."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tools = str(Path(sys.executable).parent)  # ninja is installed beside Python, whatever is active
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def device_of(job: Job) -> torch.device:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(job.local_rank)
+        return torch.device("cuda", job.local_rank)
+    return torch.device("cpu")
+
+
+def start_process_group(job: Job, device: torch.device) -> None:
+    """Join the job's processes; alone, be a job of one (DeepSpeed would look for MPI otherwise)."""
+    import torch.distributed as dist
+
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    if job.world == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ.update(alone)
+    import deepspeed
+
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
+        # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
+        atexit.register(dist.destroy_process_group)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
