@@ -1,21 +1,22 @@
-"""The sizes of the built-in models, and what follows from them by arithmetic; no torch."""
+"""The built-in models' sizes, and how many parameters a size has. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
-GPT2_VOCAB_SIZE = 50257
-BYTES_VOCAB_SIZE = 257
 POSITIONS = 1024
+BYTES_VOCABULARY = 257
+"""256 bytes and the separator."""
+GPT2_VOCABULARY = 50_257
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What decides the shapes of a GPT-2 model."""
+    """The size of a GPT-2 style model."""
 
     layers: int
     hidden: int
@@ -25,39 +26,32 @@ class Dimensions:
 
 
 PRESETS: dict[str, Dimensions] = {
-    "gpt2-nano": Dimensions(4, 128, 4, POSITIONS, BYTES_VOCAB_SIZE),
-    "gpt2": Dimensions(12, 768, 12, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-medium": Dimensions(24, 1024, 16, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-large": Dimensions(36, 1280, 20, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-xl": Dimensions(48, 1600, 25, POSITIONS, GPT2_VOCAB_SIZE),
+    "gpt2-nano": Dimensions(4, 128, 4, POSITIONS, BYTES_VOCABULARY),
+    "gpt2": Dimensions(12, 768, 12, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-medium": Dimensions(24, 1024, 16, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-large": Dimensions(36, 1280, 20, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-xl": Dimensions(48, 1600, 25, POSITIONS, GPT2_VOCABULARY),
 }
 
 
 def dimensions(spec: Spec) -> Dimensions:
-    """The preset of `spec` with its overrides.
-
-    gpt2-nano has the vocabulary of bytes here: one that a tokenizer brings is known only with the
-    data. Raises ValueError when the model is not a preset.
-    """
+    """The preset's size with the spec's overrides; KeyError when the spec names no preset."""
     model = spec.model
-    if model.preset is None:
-        raise ValueError("only a preset's dimensions are known before it is built")
-    given = {
-        "layers": model.layers,
-        "hidden": model.hidden,
-        "heads": model.heads,
-        "positions": model.positions,
-        "vocab_size": model.vocab_size,
-    }
-    return replace(PRESETS[model.preset], **{name: size for name, size in given.items() if size is not None})
+    preset = PRESETS[model.preset or ""]
+    return Dimensions(
+        layers=model.layers or preset.layers,
+        hidden=model.hidden or preset.hidden,
+        heads=model.heads or preset.heads,
+        positions=model.positions or preset.positions,
+        vocab_size=model.vocab_size or preset.vocab_size,
+    )
 
 
 def parameter_count(size: Dimensions) -> int:
-    """Every parameter once; the head is tied to the token embedding."""
-    width = size.hidden
-    embeddings = (size.vocab_size + size.positions) * width
-    norm = 2 * width
-    attention = (width * 3 * width + 3 * width) + (width * width + width)
-    feed_forward = (width * 4 * width + 4 * width) + (4 * width * width + width)
-    block = 2 * norm + attention + feed_forward
-    return embeddings + size.layers * block + norm
+    """Parameters of a model of that size, the head tied to the token embedding.
+
+    A block has 12 h^2 weights (query, key, value, output, and two of 4 h^2), 13 h biases and norms.
+    """
+    h = size.hidden
+    block = 12 * h * h + 13 * h
+    return (size.vocab_size + size.positions) * h + size.layers * block + 2 * h

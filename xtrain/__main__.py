@@ -1,0 +1,5 @@
+"""`python -m xtrain` is `xtrain`."""
+
+from xtrain.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""The command line: options in, exit codes out. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from xtrain import __version__
+from xtrain.errors import EXIT_DONE, EXIT_REQUEST, XtrainError
+
+Command = TypeVar("Command", bound=click.Command)
+
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=YAML", help="Override one key, e.g. train.steps=20."
+)
+BACKEND = click.option("--backend", default="auto", show_default=True, help="See `xtrain backends`.")
+
+
+class Edge(click.Group):
+    """The one place where errors become messages and exit codes. A traceback means a bug of ours."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except XtrainError as error:
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(error.exit_code) from error
+
+
+@click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="xtrain")
+def main() -> None:
+    """One strict YAML spec for training transformers; the same training on every backend."""
+
+
+@main.command()
+@SPEC
+@BACKEND
+@SET
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; must be new.  [default: runs/NAME-N]")
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes; overrides launch.processes.")
+def run(spec: Path, backend: str, overrides: tuple[str, ...], out: Path | None, nproc: int | None) -> None:
+    """Train SPEC, here or on the processes it asks for."""
+    from xtrain.run import Request
+    from xtrain.run import run as train
+
+    raise SystemExit(train(Request(spec, backend, out, nproc, overrides)))
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...", type=click.Path(path_type=Path))
+@click.option("--backend", help="Also ask this backend whether it can honour the spec.")
+@click.option("--world", type=click.IntRange(min=1), help="Processes to check for.")
+@SET
+@click.option("--json", "as_json", is_flag=True, help="Problems as JSON on standard output.")
+def check(
+    specs: tuple[Path, ...], backend: str | None, world: int | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Read each SPEC and report every problem in it; starts nothing."""
+    from xtrain.check import check_file
+
+    results = [check_file(spec, overrides, backend, world) for spec in specs]
+    if as_json:
+        click.echo(json.dumps([result.as_json() for result in results], indent=2))
+    else:
+        for result in results:
+            click.echo(str(result), err=bool(result.problems))
+    raise SystemExit(EXIT_REQUEST if any(result.problems for result in results) else EXIT_DONE)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    from xtrain.spec.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+def backends(as_json: bool) -> None:
+    """List every registered backend: usable here or not, and why."""
+    from tabulate import tabulate
+
+    from xtrain.registry import survey
+
+    found = survey()
+    if as_json:
+        listed = {name: {"usable": a.usable, "reason": a.reason} for name, a in found.items()}
+        click.echo(json.dumps(listed, indent=2))
+        return
+    rows = [(name, "yes" if a.usable else "no", a.reason) for name, a in found.items()]
+    click.echo(tabulate(rows, headers=["backend", "usable", "reason"], tablefmt="simple"))
+
+
+@main.command()
+@SPEC
+@click.option("--backends", "lanes", required=True, help="Comma-separated, e.g. cpu,deepspeed,deepspeed:2.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the comparison; must be new.")
+@SET
+def compare(spec: Path, lanes: str, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train SPEC on several backends, each in a fresh process, and put them side by side.
+
+    A lane is a backend, or BACKEND:N for N processes.
+    """
+    from xtrain.compare import compare as run_lanes
+    from xtrain.report import render_terminal
+    from xtrain.spec import load_spec
+
+    load_spec(spec, overrides)  # a broken spec is refused once, not by every lane
+    comparison = run_lanes(spec, lanes.split(","), out, overrides)
+    click.echo(render_terminal(comparison))
+    raise SystemExit(comparison.exit_code)
