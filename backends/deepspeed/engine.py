@@ -28,9 +28,11 @@ from xtrain.contract import (
     Trace,
 )
 
+from . import state
 from .environment import device_of, start_process_group
 from .norm import clip_replicated
 from .optimizer import build_optimizer
+from .random import random_state, set_random_state
 from .translate import stage_of
 
 
@@ -55,6 +57,9 @@ class DeepSpeedEngine:
         config = dict(resolved.settings["ds_config"])  # type: ignore[call-overload]
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.optimizer = optimizer
+        self._vetoed = False
+        if scaler := getattr(self.engine.optimizer, "loss_scaler", None):
+            scaler.raise_error_at_min_scale = False  # xtrain ends such a run itself, with a diagnosis
         torch.manual_seed(spec.train.seed + job.rank)  # dropout, from here on
         self.engine.train()
 
@@ -134,6 +139,24 @@ class DeepSpeedEngine:
             reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
         return Memory(live, reserved, categories=None)
 
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+        return state.export_state(self._shards(), self.data_rank, owner)
+
+    def import_state(self, reader: StateReader) -> None:
+        state.import_state(self._shards(), reader)
+
+    def extras(self) -> dict[str, JSON]:
+        return {
+            "optimizer_steps": self._shards().steps(),
+            "loss_scaler": self._scaler_state(),
+            "random": random_state(self.device),
+        }
+
+    def restore_extras(self, extras: Mapping[str, Any]) -> None:
+        self._shards().set_steps(int(extras["optimizer_steps"]))
+        self._restore_scaler(extras.get("loss_scaler"))
+        set_random_state(self.device, extras.get("random") or {})
+
     def gather(self, value: JSON) -> list[JSON]:
         gathered: list[Any] = [None] * self.data_size
         dist.all_gather_object(gathered, value)
@@ -151,6 +174,31 @@ class DeepSpeedEngine:
         total = tensor.clone()
         dist.all_reduce(total)
         return total
+
+    def _shards(self) -> state.Shards:
+        return state.shards_of(self.engine, self.stage)
+
+    def _scaler_state(self) -> dict[str, JSON] | None:
+        """DeepSpeed's scaler under the names of the portable format."""
+        if self.spec.precision.dtype != "fp16":
+            return None
+        scaler = self.engine.optimizer.loss_scaler
+        return {
+            "scale": float(scaler.cur_scale),
+            "hysteresis": int(getattr(scaler, "cur_hysteresis", 1)),
+            "steps": int(getattr(scaler, "cur_iter", 0)),
+            "last_overflow": int(getattr(scaler, "last_overflow_iter", -1)),
+        }
+
+    def _restore_scaler(self, stored: Mapping[str, Any] | None) -> None:
+        if self.spec.precision.dtype != "fp16" or not stored:
+            return
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.cur_scale = float(stored["scale"])
+        if scaler.dynamic:
+            scaler.cur_hysteresis = int(stored["hysteresis"])
+            scaler.cur_iter = int(stored["steps"])
+            scaler.last_overflow_iter = int(stored["last_overflow"])
 
     def _loss_scale(self) -> float | None:
         if self.spec.precision.dtype != "fp16":

@@ -1,2 +1,72 @@
-def find_problems(spec, world): return []
-def find_notes(spec): return []
+"""Which keys of the spec this backend honours; the others it refuses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from xtrain.contract import Problem
+from xtrain.spec.keys import refusals
+
+from .translate import STAGES, stage_of
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+REFUSED = {
+    "model.hf": "use model.preset or model.factory",
+    "model.trust_remote_code": "leave it out",
+    "model.blocks": "leave it out",
+    "model.init_from": "leave it out",
+    "train.compile": "use false",
+    "memory.checkpointing": "use none",
+    "memory.offload": "use none",
+    "deepspeed": "leave the section out",
+}
+"""Keys whose technique comes later, with what to do until then."""
+
+
+def find_problems(spec: Spec, world: int) -> list[Problem]:
+    return [*refusals(spec, REFUSED), *_batch(spec, world), *_precision(spec), *_memory(spec)]
+
+
+def find_notes(spec: Spec) -> list[str]:
+    """Decisions that are not the spec's own words."""
+    notes = []
+    if spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]:
+        notes.append(
+            f"ZeRO stage 1 instead of 0: DeepSpeed trains wrongly at stage 0 with {spec.precision.weights} weights"
+        )
+    if stage_of(spec) == 0:
+        notes.append("gradients are clipped by xtrain: at stage 0 DeepSpeed does not tell the norm it clips by")
+    if spec.manual is not None:
+        notes.append("the manual section is for another backend and is not used")
+    return notes
+
+
+def _batch(spec: Spec, world: int) -> Iterator[Problem]:
+    per_pass = spec.micro_batch * world
+    if spec.batch.global_ % per_pass:
+        below = spec.batch.global_ // per_pass * per_pass
+        nearest = " or ".join(str(value) for value in (below, below + per_pass) if value)
+        yield Problem(
+            "batch.global",
+            str(spec.batch.global_),
+            f"must be a multiple of micro ({spec.micro_batch}) x processes ({world}) = {per_pass}",
+            f"nearest: {nearest}",
+        )
+
+
+def _precision(spec: Spec) -> Iterator[Problem]:
+    dtype, weights = spec.precision.dtype, spec.precision.weights
+    found = f"{{dtype: {dtype}, weights: {weights}}}"
+    if (dtype, weights) == ("fp16", "fp32"):
+        expected = "DeepSpeed's fp16 autocast has a loss scaler of its own, with rules that no key reaches"
+        yield Problem("precision", found, expected, "use fp16 (16-bit weights) or bf16")
+    elif weights not in ("fp32", dtype):
+        yield Problem("precision", found, "weights must be fp32 or of the same dtype", f"use {dtype}")
+
+
+def _memory(spec: Spec) -> Iterator[Problem]:
+    if spec.memory == "auto":
+        yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")

@@ -6,48 +6,44 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
+from xtrain.spec.keys import refusals
 
 if TYPE_CHECKING:
-    from xtrain.spec.tree import MemorySection, Spec
+    from xtrain.spec.tree import Spec
 
-NOT_BUILT = "not built on this backend yet"
+REFUSED = {
+    "model.hf": "use model.preset or model.factory",
+    "model.trust_remote_code": "leave it out",
+    "model.blocks": "leave it out",
+    "model.init_from": "leave it out",
+    "train.compile": "use false",
+    "memory.checkpointing": "use none",
+    "memory.offload": "use none",
+    "manual": "leave the section out",
+}
+"""Keys whose technique comes later, with what to do until then."""
 
 
 def find_problems(spec: Spec, world: int, device: str) -> list[Problem]:
-    return [*_world(world, device), *_model(spec), *_training(spec), *_precision(spec), *_memory(spec)]
+    return [*refusals(spec, REFUSED), *_world(world, device), *_precision(spec), *_memory(spec)]
 
 
 def find_notes(spec: Spec) -> list[str]:
     """What is honoured by having nothing to do."""
-    if spec.memory == "auto" or spec.memory.sharding not in ("optimizer", "gradients"):
-        return []
-    return [f"memory.sharding: {spec.memory.sharding}: with one process there is nothing to shard it over"]
+    notes = []
+    if spec.memory != "auto" and spec.memory.sharding in ("optimizer", "gradients"):
+        notes.append(
+            f"memory.sharding: {spec.memory.sharding} does nothing here: one process has nothing to shard it over"
+        )
+    if spec.deepspeed is not None:
+        notes.append("the deepspeed section is for another backend and is not used")
+    return notes
 
 
 def _world(world: int, device: str) -> Iterator[Problem]:
     if world > 1:
-        yield Problem(
-            "launch.processes",
-            str(world),
-            f"backend {device} is always one process",
-            f"use --nproc 1, or --backend deepspeed for {world} processes",
-        )
-
-
-def _model(spec: Spec) -> Iterator[Problem]:
-    if spec.model.hf is not None:
-        yield Problem("model.hf", spec.model.hf, NOT_BUILT, "use model.preset or model.factory")
-    if spec.model.init_from is not None:
-        yield Problem("model.init_from", spec.model.init_from, NOT_BUILT, "leave it out")
-    if spec.model.blocks is not None:
-        yield Problem("model.blocks", spec.model.blocks, NOT_BUILT, "leave it out")
-
-
-def _training(spec: Spec) -> Iterator[Problem]:
-    if spec.train.compile:
-        yield Problem("train.compile", "true", NOT_BUILT, "set it to false")
-    if spec.manual is not None:
-        yield Problem("manual", "", f"layers over devices are {NOT_BUILT}", "leave the section out")
+        nearest = f"use --nproc 1, or --backend deepspeed for {world} processes"
+        yield Problem("launch.processes", str(world), f"backend {device} is always one process", nearest)
 
 
 def _precision(spec: Spec) -> Iterator[Problem]:
@@ -59,14 +55,6 @@ def _precision(spec: Spec) -> Iterator[Problem]:
 
 def _memory(spec: Spec) -> Iterator[Problem]:
     if spec.memory == "auto":
-        yield Problem("memory", "auto", NOT_BUILT, "leave the section out")
-        return
-    memory: MemorySection = spec.memory
-    if memory.checkpointing.enabled:
-        yield Problem("memory.checkpointing", "", NOT_BUILT, "use none")
-    if memory.sharding == "parameters":
-        yield Problem("memory.sharding", memory.sharding, NOT_BUILT, "use none")
-    for name in ("optimizer", "gradients", "parameters", "activations"):
-        if getattr(memory.offload, name).enabled:
-            found = getattr(memory.offload, name).device
-            yield Problem(f"memory.offload.{name}", found, NOT_BUILT, "use none")
+        yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")
+    elif spec.memory.sharding == "parameters":
+        yield Problem("memory.sharding", "parameters", "not built on this backend yet", "use none")

@@ -1,0 +1,210 @@
+"""The training state by parameter name: out of DeepSpeed's shards, and back into them.
+
+DeepSpeed keeps fp32 weights and moments flat: whole at stage 0, cut into one flat piece per rank and
+group at stages 1 and 2, one piece per rank and parameter at stage 3. Getting a whole tensor is public
+(`safe_get_full_*`); setting one needs private names of 0.19.8, each with its reason beside it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from xtrain.contract import StateKind, StateReader, StateTensor
+
+MOMENTS: dict[str, StateKind] = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "momentum_buffer": "momentum",
+}
+"""torch's name in an optimizer's state, and ours."""
+
+
+class Shards(ABC):
+    """fp32 weights (`key` None) and moments of one engine. Every method is collective."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.zero = engine.optimizer
+        self.optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+    @abstractmethod
+    def flat(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer updates on this rank."""
+
+    @abstractmethod
+    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor: ...
+
+    @abstractmethod
+    def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None: ...
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the model compute with the weights that were set."""
+
+    def link(self) -> None:
+        """Let parameters find their moments."""
+
+    def moments(self) -> list[str]:
+        """Which moments exist; none before the first update."""
+        states = [self.optimizer.state[tensor] for tensor in self.flat() if tensor in self.optimizer.state]
+        return [key for key in MOMENTS if any(isinstance(s.get(key), torch.Tensor) for s in states)]
+
+    def steps(self) -> int:
+        states = (self.optimizer.state[tensor] for tensor in self.flat() if tensor in self.optimizer.state)
+        return int(next((state["step"] for state in states if "step" in state), 0))
+
+    def make_moments(self, keys: list[str]) -> None:
+        """Zeros for every moment in `keys`, as the optimizer would have made them at its first update."""
+        for tensor in self.flat():
+            for key in keys:
+                self.optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor))
+        self.link()
+
+    def set_steps(self, steps: int) -> None:
+        """One tensor per state: a shared one would be counted up once for each (a fault in 0.19.8)."""
+        for tensor in self.flat():
+            state = self.optimizer.state[tensor]
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
+
+
+class Replicated(Shards):
+    """Stage 0: every rank has everything."""
+
+    def flat(self) -> list[torch.Tensor]:
+        return [p for p in self.engine.module.parameters() if p.requires_grad]
+
+    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+        tensor: torch.Tensor = parameter if key is None else self.optimizer.state[parameter][key]
+        return tensor
+
+    def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        self.get(parameter, key).copy_(value)
+
+    def publish(self) -> None:
+        pass
+
+
+class FlatGroups(Shards):
+    """Stages 1 and 2: a rank's piece of each parameter group, with a map from parameter to fragment."""
+
+    def flat(self) -> list[torch.Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def link(self) -> None:
+        # States are linked after the first group's step only; the other groups' are then not found.
+        if self.moments():
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        assert isinstance(full, torch.Tensor)
+        return full
+
+    def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        value = value.to(self.zero.device)
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+
+class Partitioned(Shards):
+    """Stage 3: a rank's piece of each parameter."""
+
+    def flat(self) -> list[torch.Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+        full: torch.Tensor = self.zero.get_full_hp_param(parameter, key)
+        return full
+
+    def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        # By our own piece: DeepSpeed's setter of whole tensors fails where the last piece is padded.
+        piece_numel = parameter.ds_tensor.numel()
+        padded = torch.zeros(piece_numel * self.engine.world_size)
+        padded[: value.numel()] = value.flatten()
+        piece = padded[piece_numel * self.engine.global_rank :][:piece_numel]
+        self.zero.set_local_hp_param(piece.to(self.zero.device), parameter, key)
+
+    def publish(self) -> None:
+        for group in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        kept = self.zero.persistent_parameters  # small ones stay gathered: gather them anew
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+
+def shards_of(engine: Any, stage: int) -> Shards:
+    return (Replicated, FlatGroups, FlatGroups, Partitioned)[stage](engine)
+
+
+def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+    """Every tensor of the state, one at a time, on the rank that owns it."""
+
+    def tensor(name: str, kind: StateKind, full: torch.Tensor) -> StateTensor:
+        return StateTensor(name, kind, _copy(full) if owner(name) == rank else None)
+
+    shards.link()
+    keys = shards.moments()
+    for name, parameter in shards.engine.module.named_parameters():
+        if not parameter.requires_grad:
+            yield tensor(name, "weight", _frozen(parameter))
+            continue
+        yield tensor(name, "weight", shards.get(parameter, None))
+        for key in keys:
+            yield tensor(name, MOMENTS[key], shards.get(parameter, key))
+    for name, buffer in shards.engine.module.named_buffers():
+        yield StateTensor(name, "buffer", buffer.detach().cpu().clone() if owner(name) == rank else None)
+
+
+@torch.no_grad()
+def import_state(shards: Shards, reader: StateReader) -> None:
+    """Set weights, buffers and moments on every rank; ValueError names what does not fit."""
+    trained = {n: p for n, p in shards.engine.module.named_parameters() if p.requires_grad}
+    keys = [key for key, kind in MOMENTS.items() if any(reader.read(n, kind) is not None for n in trained)]
+    shards.make_moments(keys)
+    for name, parameter in trained.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shards.set(parameter, _expect(reader, name, "weight", shape), None)
+        for key in keys:
+            shards.set(parameter, _expect(reader, name, MOMENTS[key], shape), key)
+    for name, buffer in shards.engine.module.named_buffers():
+        buffer.copy_(_expect(reader, name, "buffer", tuple(buffer.shape)))
+    shards.publish()
+
+
+def _expect(reader: StateReader, name: str, kind: StateKind, shape: tuple[int, ...]) -> torch.Tensor:
+    stored = reader.read(name, kind)
+    if stored is None:
+        raise ValueError(f"the state has no {kind} of {name}")
+    if tuple(stored.shape) != shape:
+        raise ValueError(f"{kind} of {name}: found {tuple(stored.shape)}, expected {shape}")
+    return stored
+
+
+def _frozen(parameter: nn.Parameter) -> torch.Tensor:
+    if not hasattr(parameter, "ds_shape"):
+        return parameter
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
