@@ -41,14 +41,34 @@ def main() -> None:
 @SPEC
 @BACKEND
 @SET
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory; must be new.  [default: runs/NAME-N]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run directory; must be new.  [default: runs/NAME-N]"
+)
 @click.option("--nproc", type=click.IntRange(min=1), help="Processes; overrides launch.processes.")
-def run(spec: Path, backend: str, overrides: tuple[str, ...], out: Path | None, nproc: int | None) -> None:
-    """Train SPEC, here or on the processes it asks for."""
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with this run directory or checkpoint."
+)
+@click.option("--allow-changed", is_flag=True, help="Resume although the spec describes another training.")
+@click.option("--stop-after", type=click.IntRange(min=1), help="Stop, saved, after this many updates in all.")
+def run(
+    spec: Path,
+    backend: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    nproc: int | None,
+    resume: Path | None,
+    allow_changed: bool,
+    stop_after: int | None,
+) -> None:
+    """Train SPEC, here or on the processes it asks for.
+
+    Exits with 0 when done or stopped as asked, 1 when it failed, 2 when the request was wrong, 75 when it was
+    interrupted, saved and can be resumed.
+    """
     from xtrain.run import Request
     from xtrain.run import run as train
 
-    raise SystemExit(train(Request(spec, backend, out, nproc, overrides)))
+    raise SystemExit(train(Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after)))
 
 
 @main.command()
@@ -100,7 +120,9 @@ def backends(as_json: bool) -> None:
 @main.command()
 @SPEC
 @click.option("--backends", "lanes", required=True, help="Comma-separated, e.g. cpu,deepspeed,deepspeed:2.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the comparison; must be new.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for the comparison; must be new."
+)
 @SET
 def compare(spec: Path, lanes: str, out: Path, overrides: tuple[str, ...]) -> None:
     """Train SPEC on several backends, each in a fresh process, and put them side by side.

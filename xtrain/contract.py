@@ -309,6 +309,10 @@ class Engine(Protocol):
         """`value` of every rank, in rank order, on every rank. For small things, seldom."""
         ...
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank said so, at this call or the one before. Called at every step, so it is cheap."""
+        ...
+
     def synchronize(self) -> None:
         """Local: wait for this rank's device."""
         ...

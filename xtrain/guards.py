@@ -76,7 +76,9 @@ class Guards:
         mean = sum(self._losses) / len(self._losses)
         if loss <= times * mean:
             return ""
-        return f"the loss {loss:.4g} is above {times:g} x {mean:.4g}, the mean of the last {len(self._losses)}"
+        return (
+            f"the loss {loss:.4g} is above {times:g} x {mean:.4g}, the mean of the last {len(self._losses)}"
+        )
 
 
 class OverflowWatch:

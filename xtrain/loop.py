@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
+from xtrain.checkpoints.manager import Checkpointer
 from xtrain.contract import Engine, StepInput, StepResult, Trace
 from xtrain.data import Dataset
+from xtrain.guards import Guards, OverflowWatch
 from xtrain.machine import resident_bytes
 from xtrain.metrics import StepRecord
 from xtrain.trace import NullTrace, SampledTrace, is_traced
@@ -40,32 +42,45 @@ class Window:
 
 @dataclass
 class Loop:
-    """Takes the updates with 0-based index `start` to `stop` - 1."""
+    """Takes the updates with 0-based index `start` to `stop` - 1, or fewer when asked to stop."""
 
     engine: Engine
     data: Dataset
     learning_rate: Callable[[int], float]
     observer: Observer
     window_steps: int
-    eval_every: int
+    eval_every: int = 0
+    guards: Guards | None = None
+    overflows: OverflowWatch | None = None
+    checkpointer: Checkpointer | None = None
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Of this process; the ranks agree on it."""
     peak_live_bytes: int | None = None
     """The most that a traced step sampled; None where the device cannot tell."""
 
-    def run(self, start: int, stop: int) -> None:
+    def run(self, start: int, stop: int) -> int:
+        """Returns the number of updates done, all saved where there is a checkpointer."""
         window = Window()
-        for step in range(start, stop):
-            traced = is_traced(step - start, stop - start)
+        done = start
+        while done < stop:
+            traced = is_traced(done - start, stop - start)
             if traced:
                 self._close(window)  # a traced step waits for the device at every span: it stands alone
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
-            self._step(step, window, trace)
-            done = step + 1
+            self._step(done, window, trace)
+            done += 1
+            stopping = self.engine.any(self.asked_to_stop())
+            ending = stopping or done == stop
+            saving = self.checkpointer is not None and (ending or self.checkpointer.due(done))
             evaluating = self.eval_every > 0 and (done % self.eval_every == 0 or done == stop)
             settling = done - start <= WARMUP_STEPS
-            if trace.peak_live_bytes is not None:
-                self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
-            if traced or evaluating or settling or done % self.window_steps == 0 or done == stop:
+            if traced or saving or evaluating or ending or settling or done % self.window_steps == 0:
                 self._close(window, trace if isinstance(trace, SampledTrace) else None, evaluating)
+            if saving and self.checkpointer is not None:
+                self.checkpointer.save(self.engine, done)
+            if stopping:
+                break
+        return done
 
     def _step(self, step: int, window: Window, trace: Trace) -> None:
         started = perf_counter()
@@ -73,7 +88,10 @@ class Loop:
             micro_batches = self.data.micro_batches(step, self.engine.data_rank, self.engine.data_size)
             target_tokens = self.data.target_tokens(step)
         lr = self.learning_rate(step)
-        result = self.engine.train_step(StepInput(step, micro_batches, lr, target_tokens), None, trace)
+        accept = self.guards.accept if self.guards else None
+        result = self.engine.train_step(StepInput(step, micro_batches, lr, target_tokens), accept, trace)
+        if self.guards:
+            self.guards.check()
         window.results.append(result)
         window.learning_rates.append(lr)
         window.seconds.append(perf_counter() - started)
@@ -106,6 +124,11 @@ class Loop:
         records[-1] = replace(records[-1], **self._at_window_end(trace, evaluating))
         for record in records:
             self.observer.saw(record)
+        if trace and trace.peak_live_bytes is not None:
+            self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
+        if self.overflows:
+            for value in values:
+                self.overflows.check(value)
         window.results.clear()
         window.learning_rates.clear()
         window.seconds.clear()

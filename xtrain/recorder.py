@@ -31,6 +31,12 @@ class Silent:
     def saw(self, record: StepRecord) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -45,6 +51,14 @@ class Recorder:
     def saw(self, record: StepRecord) -> None:
         self._log.append(record)
         self._progress.update(record)
+
+    def say(self, text: str) -> None:
+        """For people, without breaking the bar."""
+        self._progress.say(text)
+
+    def sync(self) -> None:
+        """Return once every line is on the disk."""
+        self._log.sync()
 
     def close(self) -> None:
         self._log.close()
@@ -80,8 +94,12 @@ def make_record(
     failure: str | None,
     seconds: float,
     memory: list[RankMemory],
+    start: int,
 ) -> RunRecord:
-    """record.json, from the run directory's own metrics.jsonl and the facts."""
+    """record.json, from the run directory's own metrics.jsonl and the facts.
+
+    Speed is that of this process: of the steps after `start`, where it began or resumed.
+    """
     steps = read_metrics(directory.metrics) if directory.metrics.exists() else []
     return RunRecord(
         status=status,
@@ -101,7 +119,7 @@ def make_record(
         totals=Totals.of(steps, seconds),
         loss=LossFacts.of(steps),
         eval=Evaluation.of(steps),
-        speed=measure_speed(steps, WARMUP_STEPS),
+        speed=measure_speed([s for s in steps if s.step > start], WARMUP_STEPS),
         time_split=split_time(steps),
         memory=memory,
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from xtrain.contract import (
     IGNORED_TARGET,
@@ -30,10 +29,12 @@ from xtrain.contract import (
 
 from . import state
 from .environment import device_of, start_process_group
+from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
 from .translate import stage_of
+from .votes import Votes
 
 
 class DeepSpeedEngine:
@@ -58,8 +59,9 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.optimizer = optimizer
         self._vetoed = False
-        if scaler := getattr(self.engine.optimizer, "loss_scaler", None):
-            scaler.raise_error_at_min_scale = False  # xtrain ends such a run itself, with a diagnosis
+        self._votes = Votes(job.world)
+        fp16 = spec.precision.dtype == "fp16"
+        self.scaler = DeferredGrowth(self.engine.optimizer.loss_scaler) if fp16 else None
         torch.manual_seed(spec.train.seed + job.rank)  # dropout, from here on
         self.engine.train()
 
@@ -79,7 +81,7 @@ class DeepSpeedEngine:
             loss_sum += loss.detach()
             if batch is not step.micro_batches[-1]:
                 self.engine.step()
-        scale = self._loss_scale()
+        scale = self.scaler.scale if self.scaler else None
         with trace.span("optimizer"):
             norm = self._update(step, loss_sum, accept)
         skipped = self._vetoed or bool(getattr(self.engine.optimizer, "overflow", False))
@@ -92,6 +94,8 @@ class DeepSpeedEngine:
         self._vetoed = False
         self.optimizer.veto = self._ask_once(accept, step, loss_sum, own_norm) if accept else None
         self.engine.step()
+        if self.scaler:
+            self.scaler.after_step()
         return own_norm if own_norm is not None else self.engine.get_global_grad_norm()
 
     def _ask_once(
@@ -148,13 +152,14 @@ class DeepSpeedEngine:
     def extras(self) -> dict[str, JSON]:
         return {
             "optimizer_steps": self._shards().steps(),
-            "loss_scaler": self._scaler_state(),
+            "loss_scaler": self.scaler.state() if self.scaler else None,
             "random": random_state(self.device),
         }
 
     def restore_extras(self, extras: Mapping[str, Any]) -> None:
         self._shards().set_steps(int(extras["optimizer_steps"]))
-        self._restore_scaler(extras.get("loss_scaler"))
+        if self.scaler and extras.get("loss_scaler"):
+            self.scaler.restore(extras["loss_scaler"])
         set_random_state(self.device, extras.get("random") or {})
 
     def gather(self, value: JSON) -> list[JSON]:
@@ -162,11 +167,15 @@ class DeepSpeedEngine:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def any(self, flag: bool) -> bool:
+        return self._votes.any(flag)
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
+        self._votes.close()
         self.engine.destroy()
 
     def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -177,33 +186,6 @@ class DeepSpeedEngine:
 
     def _shards(self) -> state.Shards:
         return state.shards_of(self.engine, self.stage)
-
-    def _scaler_state(self) -> dict[str, JSON] | None:
-        """DeepSpeed's scaler under the names of the portable format."""
-        if self.spec.precision.dtype != "fp16":
-            return None
-        scaler = self.engine.optimizer.loss_scaler
-        return {
-            "scale": float(scaler.cur_scale),
-            "hysteresis": int(getattr(scaler, "cur_hysteresis", 1)),
-            "steps": int(getattr(scaler, "cur_iter", 0)),
-            "last_overflow": int(getattr(scaler, "last_overflow_iter", -1)),
-        }
-
-    def _restore_scaler(self, stored: Mapping[str, Any] | None) -> None:
-        if self.spec.precision.dtype != "fp16" or not stored:
-            return
-        scaler = self.engine.optimizer.loss_scaler
-        scaler.cur_scale = float(stored["scale"])
-        if scaler.dynamic:
-            scaler.cur_hysteresis = int(stored["hysteresis"])
-            scaler.cur_iter = int(stored["steps"])
-            scaler.last_overflow_iter = int(stored["last_overflow"])
-
-    def _loss_scale(self) -> float | None:
-        if self.spec.precision.dtype != "fp16":
-            return None
-        return float(self.engine.optimizer.loss_scale)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)

@@ -31,7 +31,9 @@ def probe() -> Availability:
 
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        return Availability(True, f"DeepSpeed {installed} on {count} NVIDIA GPU{'s'[: count != 1]}", preference=40)
+        return Availability(
+            True, f"DeepSpeed {installed} on {count} NVIDIA GPU{'s'[: count != 1]}", preference=40
+        )
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         return Availability(

@@ -105,7 +105,11 @@ class FlatGroups(Shards):
     def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if key is None
+            else safe_get_full_optimizer_state(parameter, key)
+        )
         assert isinstance(full, torch.Tensor)
         return full
 

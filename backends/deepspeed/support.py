@@ -38,7 +38,9 @@ def find_notes(spec: Spec) -> list[str]:
             f"ZeRO stage 1 instead of 0: DeepSpeed trains wrongly at stage 0 with {spec.precision.weights} weights"
         )
     if stage_of(spec) == 0:
-        notes.append("gradients are clipped by xtrain: at stage 0 DeepSpeed does not tell the norm it clips by")
+        notes.append(
+            "gradients are clipped by xtrain: at stage 0 DeepSpeed does not tell the norm it clips by"
+        )
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes

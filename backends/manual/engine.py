@@ -151,6 +151,9 @@ class ManualEngine:
     def gather(self, value: JSON) -> list[JSON]:
         return [value]
 
+    def any(self, flag: bool) -> bool:
+        return flag
+
     def synchronize(self) -> None:
         self.device.synchronize()
 

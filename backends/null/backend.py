@@ -101,6 +101,9 @@ class NullEngine:
     def gather(self, value: JSON) -> list[JSON]:
         return [value]
 
+    def any(self, flag: bool) -> bool:
+        return flag
+
     def synchronize(self) -> None:
         pass
 

@@ -63,7 +63,9 @@ class Training:
     steps: int = STEPS
     accumulation: int = 4
     schedule: Section = field(default_factory=lambda: {"name": "cosine", "warmup": 4})
-    model: Section = field(default_factory=lambda: {"preset": "gpt2-nano", "layers": 2, "hidden": 64, "heads": 2})
+    model: Section = field(
+        default_factory=lambda: {"preset": "gpt2-nano", "layers": 2, "hidden": 64, "heads": 2}
+    )
     doubled_gradients: bool = False
     keep_weights: bool = False
 

@@ -21,7 +21,9 @@ Results = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def run_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[Case], int], tuple[Results, Path]]:
+def run_cases(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Sequence[Case], int], tuple[Results, Path]]:
     """Runs cases in a fresh job of `world` processes; returns results by name and the weights' folder."""
 
     def run(cases: Sequence[Case], world: int) -> tuple[Results, Path]:

@@ -45,7 +45,9 @@ def test_nano_has_about_a_million_parameters() -> None:
 def test_starting_weights_depend_on_the_seed_and_the_name_alone() -> None:
     first, second, other = tiny(seed=1), tiny(seed=1), tiny(seed=2)
     torch.manual_seed(99)
-    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        first.named_parameters(), second.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
         assert torch.equal(a, c) == name.endswith(("bias", "norm.weight"))
 

@@ -76,7 +76,9 @@ class Checkpointer:
         except OSError as error:
             message = f"checkpoint {folder / folder_name(state.step)} was not saved: {error.strerror}"
             if self.section.on_error == "stop":
-                raise RunFailed(f"{message} (checkpoint.on_error is stop); earlier ones are intact") from error
+                raise RunFailed(
+                    f"{message} (checkpoint.on_error is stop); earlier ones are intact"
+                ) from error
             self.say(f"warning: {message}; earlier ones are intact, training goes on")
             return
         for old in complete_checkpoints(folder)[: -self.section.keep]:
@@ -89,7 +91,9 @@ def latest(path: Path) -> Checkpoint | None:
     None when the run directory has none yet. Raises CheckpointError when there is nothing at `path`.
     """
     if not path.is_dir():
-        raise CheckpointError(f"--resume {path}: {'a file' if path.exists() else 'not there'}; expected a run directory")
+        raise CheckpointError(
+            f"--resume {path}: {'a file' if path.exists() else 'not there'}; expected a run directory"
+        )
     if path.name.startswith("step-"):
         found = [one for one in complete_checkpoints(path.parent) if one.path.name == path.name]
         if not found:

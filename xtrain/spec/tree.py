@@ -118,9 +118,7 @@ class WarmupDecay(Section):
 
 
 Optimizer: TypeAlias = Annotated[AdamW | SGD, Field(discriminator="name")]
-Schedule: TypeAlias = Annotated[
-    Constant | Linear | Cosine | WSD | WarmupDecay, Field(discriminator="name")
-]
+Schedule: TypeAlias = Annotated[Constant | Linear | Cosine | WSD | WarmupDecay, Field(discriminator="name")]
 
 
 class Precision(Section):
