@@ -1,0 +1,252 @@
+"""YAML text to plain data, with the place of every key and value.
+
+Stricter than YAML: one document, words as keys, no tags, no key twice, numbers finite, sizes capped. The words for
+numbers and booleans are YAML 1.2's, so `3e-4` is a number and `no` is a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from xtrain.contract import JSON, Problem
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 10_000
+"""Keys and values of a document, each alias counted as often as it is used."""
+MAX_DEPTH = 50
+
+TAG = "tag:yaml.org,2002:"
+WORDS = {"null": None, "~": None, "": None, "true": True, "false": False}
+NULL = re.compile(r"~|null|Null|NULL|")
+BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,30})")
+FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+
+
+class Mark(NamedTuple):
+    """A place in a text, counted from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass
+class Document:
+    """What a YAML text says, and where it says it; places are by dotted path."""
+
+    data: JSON = None
+    keys: dict[str, Mark] = field(default_factory=dict)
+    values: dict[str, Mark] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    """Faults that leave the rest readable: keys given twice, numbers that are none."""
+
+
+class Unreadable(Exception):
+    """The text cannot be read at all; says why as a Problem."""
+
+    def __init__(self, expected: str, *, nearest: str = "", mark: Mark | None = None, found: str = "") -> None:
+        line, column = mark or (None, None)
+        self.problem = Problem("", found, expected, nearest, line, column)
+        super().__init__(str(self.problem))
+
+
+def read_file(path: Path) -> Document:
+    """Read a spec file whose top level is a mapping; Unreadable where there is none."""
+    document = parse(_read_text(path))
+    if document.data is None:
+        raise Unreadable("the file is empty", nearest="start from one of configs/")
+    if not isinstance(document.data, dict):
+        raise Unreadable(
+            "expected keys such as `model:` at the top level",
+            found="a list" if isinstance(document.data, list) else repr(document.data)[:60],
+            mark=document.values[""],
+        )
+    return document
+
+
+def parse(text: str) -> Document:
+    """Read one YAML document; Unreadable when it is not YAML, or more than plain YAML."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        raise Unreadable(
+            f"not text: character {error.character!r}", nearest="save the file as UTF-8 text"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error) from error
+    return _Builder().build(node)
+
+
+def _read_text(path: Path) -> str:
+    """The file's text; refuses what is no file, too large, or not UTF-8."""
+    if path.is_dir():
+        raise Unreadable("a folder, not a file", nearest="name a YAML file in it")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise Unreadable("no such file", nearest=_neighbours(path)) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Unreadable(f"cannot be read: {reason}") from error
+    if len(content) > MAX_BYTES:
+        raise Unreadable("larger than 1 MiB, which no spec is", nearest="is this the right file?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"byte {error.start + 1} is not UTF-8", nearest="save the file as UTF-8 text") from error
+
+
+def _neighbours(path: Path) -> str:
+    """A file of a similar name, for a path that was mistyped."""
+    from difflib import get_close_matches
+
+    try:
+        names = [other.name for other in path.parent.glob("*.y*ml")]
+    except OSError:
+        return ""
+    return f"did you mean {path.parent / near[0]}?" if (near := get_close_matches(path.name, names, 1)) else ""
+
+
+def _mark(mark: yaml.Mark | None) -> Mark | None:
+    return Mark(mark.line + 1, mark.column + 1) if mark is not None else None
+
+
+def _syntax_error(error: yaml.MarkedYAMLError) -> Unreadable:
+    mark, problem = _mark(error.problem_mark), str(error.problem or error.context)
+    if "'\\t'" in problem:
+        return Unreadable("a tab, where YAML allows only spaces", nearest="indent with spaces", mark=mark)
+    if "another document" in problem:
+        return Unreadable(
+            "a second document starts here", nearest="keep one spec in a file, without `---` lines", mark=mark
+        )
+    context = f" {error.context}" if error.context and error.context != problem else ""
+    return Unreadable(f"not valid YAML{context}: {problem}", mark=mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes, with YAML 1.2's words for numbers and booleans; too much is refused on the way."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's name; filled below)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = self.depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        self.nodes += 1
+        self.depth += 1
+        mark = _mark(self.peek_event().start_mark)
+        if self.nodes > MAX_NODES:
+            raise Unreadable(f"more than {MAX_NODES:,} keys and values", mark=mark)
+        if self.depth > MAX_DEPTH:
+            raise Unreadable(f"nested more than {MAX_DEPTH} deep", mark=mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def _add_resolver(name: str, pattern: re.Pattern[str], first: Sequence[str] | None) -> None:
+    _Loader.add_implicit_resolver(TAG + name, re.compile(rf"(?:{pattern.pattern})\Z"), first)
+
+
+_add_resolver("null", NULL, ["~", "n", "N", ""])
+_add_resolver("bool", BOOL, list("tTfF"))
+_add_resolver("int", INT, list("-+0123456789"))
+_add_resolver("float", FLOAT, list("-+0123456789."))
+
+
+class _Builder:
+    """Turns nodes into data, and notes where everything stands."""
+
+    def __init__(self) -> None:
+        self.document = Document()
+        self.nodes = 0
+
+    def build(self, node: Node | None) -> Document:
+        if node is not None:
+            self.document.data = self._value(node, "", 0)
+        return self.document
+
+    def _value(self, node: Node, path: str, depth: int) -> Any:
+        mark = Mark(node.start_mark.line + 1, node.start_mark.column + 1)
+        self.nodes += 1
+        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise Unreadable(
+                f"aliases expand to more than {MAX_NODES:,} values", nearest="write the values out", mark=mark
+            )
+        self.document.values[path] = mark
+        if isinstance(node, MappingNode) and node.tag == f"{TAG}map":
+            return self._mapping(node, path, depth)
+        if isinstance(node, SequenceNode) and node.tag == f"{TAG}seq":
+            return [self._value(one, _join(path, str(i)), depth + 1) for i, one in enumerate(node.value)]
+        if isinstance(node, ScalarNode):
+            return self._scalar(node, path, mark)
+        return self._problem(path, mark, _tag(node), "expected plain YAML", "remove the tag")
+
+    def _mapping(self, node: MappingNode, path: str, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            mark = Mark(key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+            if not isinstance(key_node, ScalarNode) or key_node.tag != f"{TAG}str":
+                shown = key_node.value if isinstance(key_node, ScalarNode) else "a list or a mapping"
+                self._problem(path, mark, f"{shown} as a key", "expected a word")
+                continue
+            key = key_node.value
+            below = _join(path, key)
+            if key == "<<":
+                self._problem(path, mark, "the merge key <<", "expected plain keys", "write the keys out")
+            elif key in found:
+                lines_of_both = f"given twice, in lines {lines[key]} and {mark.line}"
+                self._problem(below, mark, "", lines_of_both, "keep one")
+            else:
+                lines[key] = mark.line
+                self.document.keys[below] = mark
+                found[key] = self._value(value_node, below, depth + 1)
+        return found
+
+    def _scalar(self, node: ScalarNode, path: str, mark: Mark) -> Any:
+        text, kind = node.value, node.tag.removeprefix(TAG)
+        try:
+            match kind:
+                case "str":
+                    return text
+                case "null" | "bool":
+                    return WORDS[text.lower()]
+                case "int":
+                    return int(text)
+                case "float":
+                    return self._finite(text, path, mark)
+        except (KeyError, ValueError):
+            pass
+        return self._problem(path, mark, f"{_tag(node)} {text!r}", "expected plain YAML", "remove the tag")
+
+    def _finite(self, text: str, path: str, mark: Mark) -> float | None:
+        number = float(text.replace(".inf", "inf").replace(".nan", "nan").lower().replace(".inf", "inf"))
+        if number - number == 0:
+            return number
+        self._problem(path, mark, text[:40], "expected a finite number")
+        return None
+
+    def _problem(self, path: str, mark: Mark, found: str, expected: str, nearest: str = "") -> None:
+        self.document.problems.append(Problem(path, found, expected, nearest, mark.line, mark.column))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _tag(node: Node) -> str:
+    return "tag " + str(node.tag).replace(TAG, "!!")
