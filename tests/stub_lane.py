@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from sample_runs import sample_steps, write_run
+from tests.sample_runs import sample_steps, write_run
 
 behaviour, directory = sys.argv[1], Path(sys.argv[2])
 if behaviour == "trains":

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
 
+from tests.sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
 from xtrain.compare import compare
 from xtrain.comparison import Comparison, compare_runs, largest_difference
 from xtrain.errors import RequestError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sample_runs import sample_record, sample_steps
 
+from tests.sample_runs import sample_record, sample_steps
 from xtrain import record as record_module
 from xtrain.contract import Counter, Memory
 from xtrain.metrics import StepRecord

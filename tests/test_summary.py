@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
 
+from tests.sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
 from xtrain.metrics import StepRecord
 from xtrain.record import CounterFacts
 from xtrain.summary import clean, format_bytes, format_counter, largest, plural, render_summary

@@ -45,7 +45,7 @@ def _automatic(spec: Spec, world: int, source: str) -> Choice:
     usable = _by_preference(registry.survey())
     if not usable:
         raise BackendError("no backend is usable here; see `xtrain backends` for the reasons")
-    passed_over = []
+    passed_over: list[str] = []
     for name, available in usable:
         backend = registry.load(name)
         problems = backend.problems(spec, world)

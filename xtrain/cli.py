@@ -65,7 +65,7 @@ def run(
     Exits with 0 when done or stopped as asked, 1 when it failed, 2 when the request was wrong, 75 when it was
     interrupted, saved and can be resumed.
     """
-    from xtrain.run import Request
+    from xtrain.request import Request
     from xtrain.run import run as train
 
     raise SystemExit(train(Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after)))

@@ -94,7 +94,7 @@ class OverflowWatch:
         self._in_a_row = self._in_a_row + 1 if values.skipped and at_floor else 0
         if self._in_a_row >= FLOOR_OVERFLOWS:
             raise RunFailed(
-                f"fp16 gradients overflowed in {self._in_a_row} steps in a row although the loss scale is at its "
-                f"floor ({self._floor:g}): the training diverges, or the model needs more range than fp16 has. "
-                "Use precision: bf16, or lower optimizer.lr"
+                f"fp16 gradients overflowed in {self._in_a_row} steps in a row although the loss scale is at "
+                f"its floor ({self._floor:g}): the training diverges, or the model needs more range than fp16 "
+                "has. Use precision: bf16, or lower optimizer.lr"
             )

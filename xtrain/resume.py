@@ -55,8 +55,8 @@ def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: b
     state = checkpoint.state()
     if state.data_hash != data_hash:
         raise CheckpointError(
-            f"{checkpoint.path} was trained on other data (hash {state.data_hash[:12]}, here {data_hash[:12]}); "
-            "resume it where that data is, or start a new run"
+            f"{checkpoint.path} was trained on other data (hash {state.data_hash[:12]}, here "
+            f"{data_hash[:12]}); resume it where that data is, or start a new run"
         )
     changed = [
         f"{key}: {printed(old)} there, {printed(new)} here"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xtrain.contract import Availability, Job, ModelSource, Problem, Resolved
+from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 
 from .environment import prepare, probe
 from .support import find_notes, find_problems
@@ -27,7 +27,7 @@ class DeepSpeedBackend:
 
     def resolve(self, spec: Spec, world: int) -> Resolved:
         ds_config = translate(spec, world)
-        settings = {"zero_stage": stage_of(spec), "ds_config": ds_config}
+        settings: dict[str, JSON] = {"zero_stage": stage_of(spec), "ds_config": ds_config}
         return Resolved(self.name, spec, world, settings, find_notes(spec), {"ds_config.json": ds_config})
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,8 @@ class DeepSpeedEngine:
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
         optimizer = build_optimizer(spec.optimizer, model, source)
-        config = dict(resolved.settings["ds_config"])  # type: ignore[call-overload]
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        config = cast(dict[str, Any], resolved.settings["ds_config"])
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
         self.optimizer = optimizer
         self._vetoed = False
         self._votes = Votes(job.world)

@@ -40,9 +40,8 @@ def build_optimizer(section: Optimizer, model: nn.Module, source: ModelSource) -
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if source.decayed(name, p)]
     others = [p for name, p in named if not source.decayed(name, p)]
-    adamw = isinstance(section, AdamW)
     groups: list[dict[str, Any]] = [{"params": group} for group in (decayed, others) if group]
-    if not adamw:
+    if not isinstance(section, AdamW):
         return VetoedSGD(groups, lr=section.lr, momentum=section.momentum, fused=True)
     for group in groups:
         group["weight_decay"] = section.weight_decay if group["params"] is decayed else 0.0

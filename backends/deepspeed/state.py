@@ -138,7 +138,7 @@ class Partitioned(Shards):
 
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
         # By our own piece: DeepSpeed's setter of whole tensors fails where the last piece is padded.
-        piece_numel = parameter.ds_tensor.numel()
+        piece_numel: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = torch.zeros(piece_numel * self.engine.world_size)
         padded[: value.numel()] = value.flatten()
         piece = padded[piece_numel * self.engine.global_rank :][:piece_numel]

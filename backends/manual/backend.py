@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xtrain.contract import Availability, Job, ModelSource, Problem, Resolved
+from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 
 from .support import find_notes, find_problems
 
@@ -32,7 +32,7 @@ class ManualBackend:
         from .devices import device_of
 
         device = device_of(self.name)
-        settings = {
+        settings: dict[str, JSON] = {
             "device": self.name,
             "weights_dtype": spec.precision.weights,
             "compute_dtype": spec.precision.dtype,

@@ -107,7 +107,7 @@ class Cuda(Device):
             torch.cuda.set_rng_state(_decode(state["cuda"]))
 
     def supports_bf16(self) -> bool:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 class Mps(Device):

@@ -7,7 +7,7 @@ weight, without which updates below the 16-bit resolution would be lost (Micikev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -71,7 +71,7 @@ class MasterWeights(Weights):
 
     @torch.no_grad()
     def publish(self) -> None:
-        copies: Sequence[torch.Tensor] = list(self.trained.values())
+        copies: list[torch.Tensor] = list(self.trained.values())
         torch._foreach_copy_(copies, list(self.updated.values()))
 
 

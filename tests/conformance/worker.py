@@ -55,7 +55,7 @@ class DoubledGradients:
 
         model = self.source.build()
         plain = model.forward
-        model.forward = lambda tokens, targets: Doubled.apply(plain(tokens, targets))
+        model.forward = lambda tokens, targets: Doubled.apply(plain(tokens, targets))  # type: ignore[no-untyped-call]
         return model
 
     def decayed(self, name: str, parameter: Any) -> bool:
@@ -94,7 +94,7 @@ def _keep_weights(engine: Engine, job: Job, path: Path) -> None:
     exported = engine.export_state(lambda name: 0)
     weights = {t.name: t.value.numpy() for t in exported if t.kind == "weight" and t.value is not None}
     if job.rank == 0:
-        np.savez(path, **weights)
+        np.savez(path, **weights)  # type: ignore[arg-type]
 
 
 def main() -> None:

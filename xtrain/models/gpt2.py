@@ -122,7 +122,9 @@ class GPT2(nn.Module):
 
     def tie(self) -> None:
         """Head and token embedding are one parameter."""
-        self.head.weight = self.stem.token_embedding.weight
+        shared = self.stem.token_embedding.weight
+        assert isinstance(shared, nn.Parameter)
+        self.head.weight = shared
 
     @overload
     def forward(self, tokens: torch.Tensor) -> torch.Tensor: ...

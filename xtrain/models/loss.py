@@ -42,7 +42,8 @@ def projected_cross_entropy_sum(
         return cross_entropy_sum(F.linear(hidden, weight), targets)
     if chunk == "auto":
         chunk = max(1, min(AUTO_CHUNK_TOKENS, AUTO_CHUNK_BYTES // (4 * weight.shape[0])))
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
+    rows = hidden.flatten(0, -2)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets.flatten(), chunk)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -1,0 +1,68 @@
+"""The run directory of a request: made, found or told, and filled with what is known before step 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from xtrain.contract import Resolved
+from xtrain.errors import RequestError
+from xtrain.metrics import MetricsLog
+from xtrain.record import complete_spec
+from xtrain.request import Request
+from xtrain.resume import Start
+from xtrain.rundir import RunDirectory, write_json, write_text
+
+RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
+"""Tells workers which directory their launcher made for them."""
+
+
+def prepare(request: Request, resolved: Resolved, begin: Start) -> RunDirectory:
+    """The run directory, with everything in it that is known before the first step."""
+    directory = open_directory(request)
+    write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
+    write_json(
+        directory.resolved,
+        {
+            "backend": resolved.backend,
+            "world": resolved.world,
+            "overrides": list(request.overrides),
+            "spec": complete_spec(resolved.spec),
+            "settings": resolved.settings,
+            "notes": list(resolved.notes),
+        },
+    )
+    for name, content in resolved.files.items():
+        write_json(directory.path / name, content)
+    if request.resume and request.out:
+        shutil.copy(RunDirectory.open(_run_of(request.resume)).metrics, directory.metrics)
+    MetricsLog(directory.metrics).truncate_after(begin.step)
+    return directory
+
+
+def open_directory(request: Request) -> RunDirectory:
+    """Made by the launcher, or the one that is resumed, or a new one."""
+    if made := os.environ.get(RUN_DIRECTORY):
+        return RunDirectory.open(Path(made))
+    if request.resume and not request.out:
+        return RunDirectory.open(_run_of(request.resume))
+    return RunDirectory.create(request.out, request.spec_path.stem)
+
+
+def _run_of(resume: Path) -> Path:
+    """The run directory of `--resume PATH`, which may name one of its checkpoints."""
+    return resume.parent.parent if resume.parent.name == "checkpoints" else resume
+
+
+@contextmanager
+def discarded_on_refusal(directory: RunDirectory | None) -> Iterator[None]:
+    """A run that was refused before it began leaves no directory behind."""
+    try:
+        yield
+    except RequestError:
+        if directory is not None:
+            shutil.rmtree(directory.path)
+        raise

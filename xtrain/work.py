@@ -1,0 +1,179 @@
+"""One process's part of a run, from its data to its record."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+
+from xtrain.checkpoints.manager import Checkpointer, restore
+from xtrain.choose import Choice
+from xtrain.contract import Counter, Job, OutOfMemory
+from xtrain.data import open_data
+from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, RunFailed
+from xtrain.guards import Guards, OverflowWatch
+from xtrain.loop import Loop
+from xtrain.machine import resident_bytes
+from xtrain.models.source import model_source
+from xtrain.prepare import discarded_on_refusal, prepare
+from xtrain.progress import Progress
+from xtrain.record import Status, write_record
+from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
+from xtrain.request import Request
+from xtrain.resume import Start, find_start
+from xtrain.rundir import RunDirectory
+from xtrain.schedule import learning_rate
+from xtrain.signals import StopRequest
+from xtrain.spec.tree import Spec
+from xtrain.summary import format_bytes, render_summary
+
+
+def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
+    """One process's part of a run, from its data to its record; returns the exit code."""
+    first = job.rank == 0
+    say(first, f"backend {choice.backend.name}: {choice.reason}")
+    data = open_data(spec, show_progress=first)
+    say(first, f"data {data.description}")
+    begin = find_start(request.resume, spec, data.content_hash, request.allow_changed)
+    model = model_source(spec, data.vocab_size)
+    resolved = choice.backend.resolve(spec, job.world)
+    for note in resolved.notes:
+        say(first, f"note: {note}")
+    directory = prepare(request, resolved, begin) if first else None
+    with directory.lock() if directory else nullcontext():
+        before = resident_bytes()
+        with discarded_on_refusal(None if request.resume else directory):
+            engine = choice.backend.start(resolved, model, job)
+        say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
+        try:
+            with StopRequest(first) as stop:
+                facts = Facts(resolved, data, model, engine)
+                return Run(request, facts, directory, job.rank, begin, before, stop).train()
+        finally:
+            engine.close()
+
+
+@dataclass
+class Run:
+    """One process's engine at work, and what is made of it."""
+
+    request: Request
+    facts: Facts
+    directory: RunDirectory | None
+    """Rank 0 has it."""
+    rank: int
+    begin: Start
+    before: Counter
+    stop: StopRequest
+
+    def train(self) -> int:
+        """The loop and, whatever comes of it, the record; returns the exit code."""
+        spec, engine = self.facts.resolved.spec, self.facts.engine
+        last = min(self.request.stop_after or spec.train.steps, spec.train.steps)
+        observer = self._observer(last)
+        guards = Guards(spec.stability) if spec.stability else None
+        if self.begin.checkpoint:
+            restore(engine, self.begin.checkpoint, guards, self.rank)
+            observer.say(f"resumed from {self.begin.checkpoint.path}, after step {self.begin.step}")
+        elif self.request.resume:
+            observer.say(f"{self.request.resume} has no checkpoint yet: starting at step 0")
+        loop = Loop(
+            engine,
+            self.facts.data,
+            learning_rate(spec),
+            observer,
+            spec.log.every_steps,
+            spec.train.eval_every,
+            guards,
+            OverflowWatch(spec.precision),
+            self._checkpointer(guards, observer),
+            lambda: self.stop.requested,
+        )
+        started = perf_counter()
+        ended = _outcome_of(lambda: loop.run(self.begin.step, last), last, spec.train.steps)
+        observer.close()
+        self._record(ended, perf_counter() - started, loop.peak_live_bytes)
+        if ended.error is not None:
+            raise ended.error
+        return self._tell(ended)
+
+    def _observer(self, last: int) -> Recorder | Silent:
+        if self.directory is None:
+            return Silent()
+        every = self.facts.resolved.spec.log.every_steps
+        return Recorder(self.directory, Progress(last, self.begin.step, enabled=True, every=every))
+
+    def _checkpointer(self, guards: Guards | None, observer: Recorder | Silent) -> Checkpointer:
+        return Checkpointer(
+            self.facts.resolved.spec.checkpoint,
+            self.facts.resolved,
+            self.facts.data.content_hash,
+            guards,
+            self.directory.checkpoints if self.directory else None,
+            observer.say,
+            observer.sync,
+            last_step=self.begin.step or None,
+        )
+
+    def _record(self, ended: Outcome, seconds: float, sampled_bytes: int | None) -> None:
+        memory = rank_memory(self.facts.engine, self.rank, self.before, sampled_bytes)
+        # After an error the other ranks may be gone: then only this one's memory is known.
+        ranks = gather_memory(self.facts.engine, memory) if ended.error is None else [memory]
+        if self.directory is None:
+            return
+        record = make_record(
+            self.facts, self.directory, ended.status, ended.failure, seconds, ranks, self.begin.step
+        )
+        write_record(self.directory.record, record)
+        print(render_summary(record, self.directory.path), flush=True)
+
+    def _tell(self, ended: Outcome) -> int:
+        """How to go on, where there is something left to do."""
+        if self.directory and ended.status in ("interrupted", "stopped"):
+            print(
+                f"go on with: {self.request.resume_command(self.directory.path)}", file=sys.stderr, flush=True
+            )
+        return EXIT_INTERRUPTED if ended.status == "interrupted" else EXIT_DONE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: what the record says of it, and the error to raise once that is written."""
+
+    status: Status
+    failure: str | None = None
+    error: BaseException | None = None
+
+
+def _outcome_of(train: Callable[[], int], last: int, all_steps: int) -> Outcome:
+    try:
+        done = train()
+    except OutOfMemory as full:
+        failure = _describe_out_of_memory(full)
+        return Outcome("failed", failure, RunFailed(failure))
+    except KeyboardInterrupt as interrupt:
+        return Outcome("interrupted", "left at once", interrupt)
+    except RunFailed as error:
+        return Outcome("failed", str(error), error)
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {error}", error)
+    if done < last:
+        return Outcome("interrupted")
+    return Outcome("done" if done == all_steps else "stopped")
+
+
+def _describe_out_of_memory(full: OutOfMemory) -> str:
+    categories = full.memory.categories or {}
+    table = ", ".join(f"{name} {format_bytes(held)}" for name, held in categories.items())
+    return (
+        f"{full}; it held {table or 'an unknown amount'}. "
+        "Try a smaller batch.micro (the global batch and what is learned stay the same)"
+    )
+
+
+def say(first: bool, text: str) -> None:
+    """For people, from the first rank only."""
+    if first:
+        print(text, file=sys.stderr, flush=True)
