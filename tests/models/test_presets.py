@@ -45,5 +45,5 @@ def test_overrides_replace_the_preset_and_leave_the_rest() -> None:
 
 
 def test_model_that_is_no_preset_has_no_known_dimensions() -> None:
-    with pytest.raises(ValueError, match="only a preset's"):
+    with pytest.raises(KeyError):
         dimensions(spec(factory="package.module:build"))
