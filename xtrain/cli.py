@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from xtrain import __version__
-from xtrain.errors import EXIT_DONE, EXIT_REQUEST, XtrainError
+from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, XtrainError
 
 Command = TypeVar("Command", bound=click.Command)
 
@@ -27,8 +28,22 @@ class Edge(click.Group):
         try:
             return super().invoke(context)
         except XtrainError as error:
-            click.echo(f"error: {error}", err=True)
-            raise SystemExit(error.exit_code) from error
+            return self._end(error.exit_code, f"error: {error}")
+        except SystemExit as ending:
+            return self._end(ending.code if isinstance(ending.code, int) else EXIT_DONE, "")
+
+    @staticmethod
+    def _end(code: int, message: str) -> Any:
+        """Tell people; or, as one of several workers, the launcher, which tells them once."""
+        from xtrain.worker import launched, leave_word
+
+        if launched():
+            leave_word(int(os.environ["RANK"]), code, message.removeprefix("error: "))
+            # To the launcher's agent an interrupted worker is a good one: others must not be ended for it.
+            raise SystemExit(EXIT_DONE if code == EXIT_INTERRUPTED else code)
+        if message:
+            click.echo(message, err=True)
+        raise SystemExit(code)
 
 
 @click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,7 +7,7 @@ import shutil
 
 from xtrain.choose import choose
 from xtrain.contract import Job
-from xtrain.errors import RequestError
+from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed
 from xtrain.job import join
 from xtrain.launch import start_workers
 from xtrain.prepare import RUN_DIRECTORY, open_directory
@@ -15,11 +15,14 @@ from xtrain.request import Request
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
 from xtrain.work import work
+from xtrain.worker import register
 
 
 def run(request: Request) -> int:
     """Train; returns the exit code. Starts the processes that are asked for, or joins a job as one."""
     job = join(os.environ)
+    if job is not None:
+        register(job.rank)
     spec = load_spec(request.spec_path, request.overrides)
     world = _world(request, spec, job)
     choice = choose(request.backend, spec, world, str(request.spec_path))
@@ -44,8 +47,11 @@ def _launch(request: Request, backend: str, world: int) -> int:
     """Start the workers in a directory made for them; nothing is left of one that did not begin."""
     directory = open_directory(request)
     environ = {**os.environ, RUN_DIRECTORY: str(directory.path.absolute())}
-    try:
-        return start_workers(request.worker_arguments(backend), world, environ=environ)
-    finally:
-        if not directory.resolved.exists():
-            shutil.rmtree(directory.path)
+    ended = start_workers(request.worker_arguments(backend), world, environ)
+    began = directory.resolved.exists()
+    if not began:
+        shutil.rmtree(directory.path)
+    if ended.code in (EXIT_DONE, EXIT_INTERRUPTED):
+        return ended.code
+    go_on = f"\ngo on with: {request.resume_command(directory.path)}" if began else ""
+    raise (RequestError if ended.code == EXIT_REQUEST else RunFailed)(f"{ended.message}{go_on}")

@@ -97,6 +97,7 @@ class Run:
         self._record(ended, perf_counter() - started, loop.peak_live_bytes)
         if ended.error is not None:
             raise ended.error
+        engine.gather(None)  # nobody leaves before rank 0 has written: a launcher may end the others then
         return self._tell(ended)
 
     def _observer(self, last: int) -> Recorder | Silent:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import shutil
 import socket
 import sys
 import warnings
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +55,6 @@ def prepare() -> None:
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def device_of(job: Job) -> torch.device:
@@ -79,9 +80,12 @@ def start_process_group(job: Job, device: torch.device) -> None:
     if job.world == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(alone)
     import deepspeed
+    from deepspeed.utils import logger
 
+    logger.setLevel(logging.ERROR)  # only now: importing deepspeed sets it
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
+        with redirect_stdout(io.StringIO()):  # it prints that its operator was built
+            deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
         # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
         atexit.register(dist.destroy_process_group)
 

@@ -53,7 +53,9 @@ class Document:
 class Unreadable(Exception):
     """The text cannot be read at all; says why as a Problem."""
 
-    def __init__(self, expected: str, *, nearest: str = "", mark: Mark | None = None, found: str = "") -> None:
+    def __init__(
+        self, expected: str, *, nearest: str = "", mark: Mark | None = None, found: str = ""
+    ) -> None:
         line, column = mark or (None, None)
         self.problem = Problem("", found, expected, nearest, line, column)
         super().__init__(str(self.problem))
@@ -104,7 +106,9 @@ def _read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"byte {error.start + 1} is not UTF-8", nearest="save the file as UTF-8 text") from error
+        raise Unreadable(
+            f"byte {error.start + 1} is not UTF-8", nearest="save the file as UTF-8 text"
+        ) from error
 
 
 def _neighbours(path: Path) -> str:
@@ -115,7 +119,9 @@ def _neighbours(path: Path) -> str:
         names = [other.name for other in path.parent.glob("*.y*ml")]
     except OSError:
         return ""
-    return f"did you mean {path.parent / near[0]}?" if (near := get_close_matches(path.name, names, 1)) else ""
+    return (
+        f"did you mean {path.parent / near[0]}?" if (near := get_close_matches(path.name, names, 1)) else ""
+    )
 
 
 def _mark(mark: yaml.Mark | None) -> Mark | None:

@@ -1,120 +1,160 @@
 """The spec as a tree of sections: every key, its type, its default, and what it means.
 
 Nothing here looks at files or at other keys; that is xtrain/spec/check.py. Field descriptions end up
-in `xtrain schema`, where editors show them.
+in `xtrain schema`, where editors show them, and in docs/spec.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 Natural: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
-Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share: TypeAlias = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive: TypeAlias = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Share: TypeAlias = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
+Ratio: TypeAlias = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
 Flag: TypeAlias = Annotated[bool, Field(strict=True)]
 
 PRESETS = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PresetName: TypeAlias = Literal["gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
+def words(*short_forms: str) -> Callable[[dict[str, Any]], None]:
+    """Adds to a JSON Schema the words that may stand for the whole section."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        whole = {
+            key: schema.pop(key) for key in list(schema) if key not in ("description", "default", "title")
+        }
+        schema["anyOf"] = [{"enum": list(short_forms)}, whole]
+
+    return extend
+
+
 class Section(BaseModel):
     """Unknown keys are errors; a spec never changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Section):
     """What is trained: one of `preset`, `factory`, `hf`."""
 
-    preset: PresetName | None = None
-    factory: str | None = Field(None, description="package.module:function, called with `args`")
-    args: dict[str, Any] = Field(default_factory=dict)
+    preset: PresetName | None = Field(None, description="built-in model")
+    factory: str | None = Field(None, description="package.module:function that returns the model")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of `factory`")
     hf: str | None = Field(None, description="Hugging Face model: a name or a local folder")
-    trust_remote_code: Flag = False
-    layers: Count | None = None
-    hidden: Count | None = None
-    heads: Count | None = None
-    positions: Count | None = Field(None, description="longest context of a preset (1024)")
-    vocab_size: Count | None = None
-    dropout: Share = 0.0
-    blocks: str | None = Field(None, description="path of the block list, where not found")
-    init_from: str | None = Field(None, description="checkpoint or Hugging Face folder")
+    trust_remote_code: Flag = Field(False, description="let an `hf` model run its own code")
+    layers: Count | None = Field(None, description="blocks; the preset's own otherwise")
+    hidden: Count | None = Field(None, description="width; the preset's own otherwise")
+    heads: Count | None = Field(None, description="attention heads; the preset's own otherwise")
+    positions: Count | None = Field(None, description="longest context of a preset; 1024 otherwise")
+    vocab_size: Count | None = Field(
+        None, description="the tokenizer's otherwise (gpt2-nano, factory, hf), or 50257 (other presets)"
+    )
+    dropout: Share = Field(0.0, description="above 0, curves of two backends agree only statistically")
+    blocks: str | None = Field(None, description="path of the list of blocks, where it cannot be found")
+    init_from: str | None = Field(None, description="checkpoint or Hugging Face folder to start from")
 
 
 class DataSection(Section):
     """What it is trained on."""
 
-    source: Literal["stdlib", "text", "tokens", "synthetic", "jsonl", "hf"]
+    source: Literal["stdlib", "text", "tokens", "synthetic", "jsonl", "hf"] = Field(
+        description="stdlib: Python's own sources; synthetic: a formula, the same everywhere"
+    )
     path: str | list[str] | None = Field(None, description="file, list of files, or glob")
-    tokenizer: str = "bytes"
-    seq_len: Count = 128
-    held_out: Share = 0.01
+    tokenizer: str = Field("bytes", description="bytes, or a Hugging Face tokenizer's name or folder")
+    seq_len: Count = Field(128, description="tokens per sequence")
+    held_out: Share = Field(0.01, description="share kept for evaluation")
     masked: Share = Field(0.0, description="share of targets without loss (synthetic only)")
-    tokens: Count | None = Field(None, description="length of the synthetic text (1,000,000)")
+    tokens: Count | None = Field(None, description="length of the synthetic text; 1,000,000 otherwise")
 
 
 class BatchSection(Section):
     """Sequences per update (`global`) and per forward pass of one process (`micro`)."""
 
-    global_: Count = Field(alias="global")
-    micro: Count | None = Field(None, description="default: global")
+    global_: Count = Field(alias="global", description="sequences per update, over all processes")
+    micro: Count | None = Field(
+        None, description="sequences per forward pass of one process; `global` otherwise"
+    )
 
 
 class TrainSection(Section):
-    steps: Count
-    seed: Natural = 1234
+    """How long, from which seed, and what surrounds an update."""
+
+    steps: Count = Field(description="updates")
+    seed: Natural = Field(1234, description="of initial weights, order of data, dropout")
     clip: Positive | None = Field(1.0, description="global gradient norm; null for none")
-    eval_every: Natural = Field(0, description="0: never")
-    compile: Flag = False
+    eval_every: Natural = Field(0, description="updates between evaluations; 0 for never")
+    compile: Flag = Field(False, description="torch.compile the model")
 
 
 class AdamW(Section):
-    name: Literal["adamw"] = "adamw"
-    lr: Positive
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Positive = 1e-8
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = Field("adamw", description="which optimizer")
+    lr: Positive = Field(description="peak learning rate")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.1, description="on matrices only")
 
 
 class SGD(Section):
-    name: Literal["sgd"]
-    lr: Positive
-    momentum: Share = 0.0
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = Field(description="which optimizer")
+    lr: Positive = Field(description="peak learning rate")
+    momentum: Share = Field(0.0, description="decay of the momentum; 0 for none")
+
+
+WARMUP = "updates with a rising learning rate; the first has 0"
+MIN_RATIO = "the floor, as a share of the peak"
 
 
 class Constant(Section):
-    name: Literal["constant"]
-    warmup: Natural = 0
+    """The peak, after the warm-up."""
+
+    name: Literal["constant"] = Field(description="shape of the learning rate")
+    warmup: Natural = Field(0, description=WARMUP)
 
 
 class Linear(Section):
-    name: Literal["linear"]
-    warmup: Natural = 0
+    """Down to 0 in a line."""
+
+    name: Literal["linear"] = Field(description="shape of the learning rate")
+    warmup: Natural = Field(0, description=WARMUP)
 
 
 class Cosine(Section):
-    name: Literal["cosine"] = "cosine"
-    warmup: Natural = 0
-    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Down to the floor in half a wave."""
+
+    name: Literal["cosine"] = Field("cosine", description="shape of the learning rate")
+    warmup: Natural = Field(0, description=WARMUP)
+    min_ratio: Ratio = Field(0.1, description=MIN_RATIO)
     cycles: Positive = Field(0.5, description="0.5: one half wave, from the peak to the floor")
 
 
 class WSD(Section):
-    name: Literal["wsd"]
-    warmup: Natural = 0
-    stable: Natural
-    decay: Count
-    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Warm up, stay, decay."""
+
+    name: Literal["wsd"] = Field(description="shape of the learning rate")
+    warmup: Natural = Field(0, description=WARMUP)
+    stable: Natural = Field(description="updates at the peak")
+    decay: Count = Field(description="updates from the peak down to the floor")
+    min_ratio: Ratio = Field(0.0, description=MIN_RATIO)
 
 
 class WarmupDecay(Section):
-    name: Literal["warmup-decay"]
-    warmup: Natural = 0
-    warmup_type: Literal["linear", "log"] = "log"
+    """DeepSpeed's WarmupDecayLR."""
+
+    name: Literal["warmup-decay"] = Field(description="shape of the learning rate")
+    warmup: Natural = Field(0, description=WARMUP)
+    warmup_type: Literal["linear", "log"] = Field("log", description="shape of the warm-up")
 
 
 Optimizer: TypeAlias = Annotated[AdamW | SGD, Field(discriminator="name")]
@@ -127,13 +167,17 @@ class Precision(Section):
     The scaler's keys are DeepSpeed's, with its defaults; `loss_scale: 0` is dynamic.
     """
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
-    loss_scale: NonNegative = 0.0
-    initial_scale_power: Natural = 16
-    loss_scale_window: Count = 1000
-    hysteresis: Count = 2
-    min_loss_scale: Positive = 1.0
+    model_config = ConfigDict(json_schema_extra=words("fp32", "bf16", "fp16"))
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward")
+    weights: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the weights outside the optimizer; fp16 with dtype fp16"
+    )
+    loss_scale: NonNegative = Field(0.0, description="fixed loss scale; 0 for a dynamic one (fp16)")
+    initial_scale_power: Natural = Field(16, description="the dynamic scale starts at 2 to this power")
+    loss_scale_window: Count = Field(1000, description="updates without overflow before the scale doubles")
+    hysteresis: Count = Field(2, description="overflows before the scale halves")
+    min_loss_scale: Positive = Field(1.0, description="the dynamic scale's floor")
 
     @model_validator(mode="before")
     @classmethod
@@ -148,17 +192,21 @@ class Precision(Section):
 class Selective(Section):
     """Recompute only a share of the blocks, or only the cheap operations."""
 
-    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    ops: Literal["cheap"] | None = None
+    ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None, description="share of the blocks"
+    )
+    ops: Literal["cheap"] | None = Field(None, description="cheap: all but matrix products")
 
 
 class Checkpointing(Section):
     """Activation checkpointing: exactly one of the keys, or all None for none."""
 
-    auto: Flag = False
-    every: Count | None = None
-    number: Count | None = None
-    selective: Selective | None = None
+    model_config = ConfigDict(json_schema_extra=words("none", "auto"))
+
+    auto: Flag = Field(False, description="the planner chooses")
+    every: Count | None = Field(None, description="blocks per group")
+    number: Count | None = Field(None, description="groups")
+    selective: Selective | None = Field(None, description="recompute only a part")
 
     @model_validator(mode="before")
     @classmethod
@@ -173,7 +221,11 @@ class Checkpointing(Section):
 class OffloadTarget(Section):
     """Where something lives instead of on the device."""
 
-    device: Literal["none", "cpu", "nvme"] = "none"
+    model_config = ConfigDict(json_schema_extra=words("none", "cpu", "nvme"))
+
+    device: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where to; none keeps it on the device"
+    )
     path: str | None = Field(None, description="folder on the drive, for nvme")
 
     @model_validator(mode="before")
@@ -187,74 +239,98 @@ class OffloadTarget(Section):
 
 
 class Offload(Section):
-    optimizer: OffloadTarget = OffloadTarget()
-    gradients: OffloadTarget = OffloadTarget()
-    parameters: OffloadTarget = OffloadTarget()
-    activations: OffloadTarget = OffloadTarget()
+    """What lives outside the device: none, cpu, or nvme with a path."""
+
+    optimizer: OffloadTarget = Field(OffloadTarget(), description="the optimizer's moments, and its update")
+    gradients: OffloadTarget = Field(OffloadTarget(), description="gradients between backward and update")
+    parameters: OffloadTarget = Field(OffloadTarget(), description="weights that are not in use")
+    activations: OffloadTarget = Field(OffloadTarget(), description="what checkpointing keeps")
 
 
 class MemorySection(Section):
     """Techniques that save memory; none of them changes what is learned."""
 
-    checkpointing: Checkpointing = Checkpointing()
-    sharding: Literal["none", "optimizer", "gradients", "parameters"] = "none"
-    offload: Offload = Offload()
-    loss_chunk: Literal["auto", "none"] | Count = Field("auto", description="tokens per chunk")
+    checkpointing: Checkpointing = Field(
+        Checkpointing(), description="recompute activations in the backward pass"
+    )
+    sharding: Literal["none", "optimizer", "gradients", "parameters"] = Field(
+        "none", description="ZeRO-1, 2, 3; each includes the one before"
+    )
+    offload: Offload = Field(Offload(), description="what lives outside the device")
+    loss_chunk: Literal["auto", "none"] | Count = Field(
+        "auto", description="tokens per chunk of the loss, so that the full logits never exist"
+    )
 
 
 class Launch(Section):
-    processes: Count = 1
+    """How many processes."""
+
+    processes: Count = Field(1, description="`--nproc` overrides it")
 
 
 class Checkpoint(Section):
     """When to save; always at the end of a run."""
 
-    every_steps: Count | None = None
-    every_minutes: Positive | None = None
-    keep: Count = 3
+    every_steps: Count | None = Field(None, description="updates between checkpoints")
+    every_minutes: Positive | None = Field(None, description="minutes between checkpoints")
+    keep: Count = Field(3, description="how many of the latest stay")
     best: Flag = Field(False, description="also keep the one with the lowest eval_loss")
     background: Flag = Field(True, description="write while training goes on")
-    on_error: Literal["continue", "stop"] = "continue"
+    on_error: Literal["continue", "stop"] = Field("continue", description="when one cannot be written")
 
 
 class Stability(Section):
     """Guards: a step that trips one is skipped on every rank; NaN and inf always are."""
 
-    loss_spike: Positive | None = Field(None, description="x the mean of the last window losses")
-    window: Count = 100
-    grad_norm: Positive | None = None
+    loss_spike: Positive | None = Field(None, description="x the mean of the last `window` unskipped losses")
+    window: Count = Field(100, description="losses in that mean; no verdict before it is full")
+    grad_norm: Positive | None = Field(None, description="largest global gradient norm, before clipping")
     stop_after: Count | None = Field(None, description="skips in a row that end the run")
 
 
 class Log(Section):
-    every_steps: Count = 10
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """What is said of a run."""
+
+    every_steps: Count = Field(10, description="updates per logging window")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="services that get the metrics too"
+    )
 
 
 class Manual(Section):
     """For the manual backends only."""
 
     devices: list[str] | None = Field(None, description="layers over devices, e.g. [main, cpu]")
-    split: Literal["auto"] | list[Count] | list[Share] = "auto"
+    split: Literal["auto"] | list[Count] | list[Share] = Field(
+        "auto", description="layers per device, or shares of them"
+    )
 
 
 class Spec(Section):
     """One training run, whatever the backend."""
 
-    model: ModelSection
-    data: DataSection
-    batch: BatchSection
-    train: TrainSection
-    optimizer: Optimizer
-    schedule: Schedule = Cosine()
-    precision: Precision = Precision()
-    memory: MemorySection | Literal["auto"] = MemorySection()
-    launch: Launch = Launch()
-    checkpoint: Checkpoint = Checkpoint()
-    stability: Stability | None = None
-    log: Log = Log()
-    deepspeed: dict[str, Any] | None = None
-    manual: Manual | None = None
+    model: ModelSection = Field(description="what is trained: one of `preset`, `factory`, `hf`")
+    data: DataSection = Field(description="what it is trained on")
+    batch: BatchSection = Field(description="sequences per update and per forward pass")
+    train: TrainSection = Field(description="how long, from which seed, and what surrounds an update")
+    optimizer: Optimizer = Field(description="how weights follow gradients")
+    schedule: Schedule = Field(
+        Cosine(),
+        description="how the learning rate changes",
+        json_schema_extra=words("constant", "linear", "cosine", "warmup-decay"),
+    )
+    precision: Precision = Field(Precision(), description="number formats")
+    memory: MemorySection | Literal["auto"] = Field(
+        MemorySection(), description="techniques that save memory; auto: the planner chooses"
+    )
+    launch: Launch = Field(Launch(), description="how many processes")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="when to save; always at the end of a run")
+    stability: Stability | None = Field(None, description="guards that skip an update")
+    log: Log = Field(Log(), description="what is said of a run")
+    deepspeed: dict[str, Any] | None = Field(
+        None, description="merged into the ds_config last; DeepSpeed only"
+    )
+    manual: Manual | None = Field(None, description="for the manual backends only")
 
     @field_validator("optimizer", "schedule", mode="before")
     @classmethod
