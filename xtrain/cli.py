@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ class Edge(click.Group):
             return super().invoke(context)
         except XtrainError as error:
             return self._end(error.exit_code, f"error: {error}")
+        except KeyboardInterrupt:
+            return self._end(128 + signal.SIGINT, "interrupted")  # as shells say it; click would say 1
         except SystemExit as ending:
             return self._end(ending.code if isinstance(ending.code, int) else EXIT_DONE, "")
 

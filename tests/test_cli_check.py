@@ -1,0 +1,133 @@
+"""`xtrain check`, `schema` and `backends` as programs and people meet them: streams and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from xtrain import __version__, registry
+from xtrain.cli import main
+
+GOOD = """\
+model: {preset: gpt2-nano}
+data: {source: stdlib}
+batch: {global: 16, micro: 8}
+train: {steps: 200}
+optimizer: {lr: 1e-3}
+"""
+
+
+def xtrain(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    return path
+
+
+def test_good_spec_is_said_to_be_ok_on_standard_output(good: Path) -> None:
+    result = xtrain("check", good)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{good}: ok")
+    assert result.stdout.count("\n") == 1
+
+
+def test_bad_spec_is_an_error_on_standard_error_and_exit_code_2(empty: Path) -> None:
+    result = xtrain("check", empty)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {empty} has 1 problem\n")
+
+
+def test_every_spec_is_reported_and_one_bad_one_is_enough_for_exit_code_2(good: Path, empty: Path) -> None:
+    result = xtrain("check", empty, good)
+    assert result.exit_code == 2
+    assert f"{good}: ok" in result.stdout
+    assert f"error: {empty} has" in result.stderr
+
+
+def test_json_stands_alone_on_standard_output(good: Path, empty: Path) -> None:
+    result = xtrain("check", "--json", good, empty)
+    assert (result.exit_code, result.stderr) == (2, "")
+    first, second = json.loads(result.stdout)
+    assert first == {"spec": str(good), "problems": []}
+    assert second["spec"] == str(empty)
+    assert len(second["problems"]) == 1
+
+
+def test_override_is_part_of_what_is_checked(good: Path) -> None:
+    assert xtrain("check", good, "--set", "train.steps=0").exit_code == 2
+    assert xtrain("check", good, "--set", "train.steps=1").exit_code == 0
+
+
+def test_named_backend_is_asked_with_the_given_number_of_processes(good: Path) -> None:
+    assert xtrain("check", good, "--backend", "null", "--world", 1).exit_code == 0
+    result = xtrain("check", good, "--backend", "null", "--world", 2)
+    assert result.exit_code == 2
+    assert "launch.processes: found 2, backend null is always one process; use --nproc 1" in result.stderr
+
+
+def test_unknown_backend_is_refused_with_those_there_are(good: Path) -> None:
+    result = xtrain("check", good, "--backend", "gpu")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: no backend named 'gpu'. Installed: {', '.join(registry.names())}\n"
+
+
+def test_backends_are_all_listed_for_people_and_for_programs() -> None:
+    listed = json.loads(xtrain("backends", "--json").stdout)
+    assert sorted(listed) == registry.names()
+    assert listed["null"] == {"usable": True, "reason": "scripted losses; trains nothing"}
+    table = xtrain("backends").stdout
+    assert all(name in table for name in registry.names())
+
+
+def test_schema_is_one_json_object_that_editors_recognise() -> None:
+    schema = json.loads(xtrain("schema").stdout)
+    assert schema["$schema"].startswith("https://json-schema.org/draft/")
+    assert schema["additionalProperties"] is False
+    assert {"model", "data", "batch", "train", "optimizer"} <= set(schema["required"])
+
+
+def test_version_is_the_package_version() -> None:
+    assert xtrain("--version").stdout == f"xtrain, version {__version__}\n"
+
+
+def test_interrupted_command_exits_as_shells_expect(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xtrain.check.check_file", interrupted)
+    result = xtrain("check", good)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["--help"], ["check", "{spec}"], ["check", "{spec}", "--backend", "deepspeed"]]
+)
+def test_command_that_trains_nothing_imports_neither_torch_nor_deepspeed(
+    words: list[str], good: Path
+) -> None:
+    program = (
+        "import sys\nfrom xtrain.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = sorted({'torch', 'deepspeed', 'numpy', 'transformers'} & set(sys.modules))\n"
+        "print('imported', heavy, code)"
+    )
+    words = [word.format(spec=good) for word in words]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported [] 0", done.stderr
