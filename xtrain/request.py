@@ -21,9 +21,10 @@ class Request:
     stop_after: int | None = None
     """Absolute: the number of updates after which to stop, saved."""
 
-    def worker_arguments(self, backend: str) -> list[str]:
+    def worker_arguments(self, backend: str, processes: int) -> list[str]:
         """For the processes that a launcher starts; they are told where to write in another way."""
         words = ["run", str(self.spec_path), "--backend", backend, *self._overrides()]
+        words += ["--nproc", str(processes)]
         if self.resume:
             words += ["--resume", str(self.resume)]
         if self.allow_changed:

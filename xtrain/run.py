@@ -47,7 +47,7 @@ def _launch(request: Request, backend: str, world: int) -> int:
     """Start the workers in a directory made for them; nothing is left of one that did not begin."""
     directory = open_directory(request)
     environ = {**os.environ, RUN_DIRECTORY: str(directory.path.absolute())}
-    ended = start_workers(request.worker_arguments(backend), world, environ)
+    ended = start_workers(request.worker_arguments(backend, world), world, environ)
     began = directory.resolved.exists()
     if not began:
         shutil.rmtree(directory.path)
