@@ -1,10 +1,129 @@
-"""Placeholder until the checks across keys exist."""
+"""Problems that a spec has across its keys: each value is fine alone, together they ask the impossible.
+
+Every check yields what was found, what was expected and the nearest thing that works, computed from
+the spec at hand. What only one backend cannot honour is that backend's to refuse. No torch here.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 from xtrain.contract import Problem
-from xtrain.spec.tree import Spec
+from xtrain.spec.check_inputs import data_problems, model_problems
+from xtrain.spec.check_memory import memory_problems, placement_problems
+from xtrain.spec.keys import changed_keys, printed
+from xtrain.spec.nearest import divisors, either, multiples, neighbours
+from xtrain.spec.tree import WSD, Spec
+
+DYNAMIC_SCALE_KEYS = ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
 
 
 def check_spec(spec: Spec, world: int | None = None) -> list[Problem]:
-    return []
+    """Every problem across the keys of `spec`, for `world` processes (default: launch.processes).
+
+    Paths are looked for from the current directory. Nothing is raised, and no marks are attached.
+    """
+    processes = spec.launch.processes if world is None else world
+    return [
+        *model_problems(spec),
+        *data_problems(spec),
+        *_batch(spec, processes),
+        *_schedule(spec),
+        *_evaluation(spec),
+        *_precision(spec),
+        *memory_problems(spec),
+        *placement_problems(spec),
+        *_stability(spec),
+    ]
+
+
+def _batch(spec: Spec, world: int) -> Iterator[Problem]:
+    total, micro = spec.batch.global_, spec.micro_batch
+    per_pass = micro * world
+    if total % per_pass == 0:
+        return
+    # Without `micro` there is no multiple of it to aim at: it is `global`, whatever that is.
+    aim = world if spec.batch.micro is None else per_pass
+    globals_ = neighbours(total, multiples(aim, around=total)) if total % aim else []
+    micros = neighbours(micro, divisors(total // world)) if total % world == 0 else []
+    offers = [
+        f"{key} {either(values)}" for key, values in (("global", globals_), ("micro", micros)) if values
+    ]
+    default = ", by default global" if spec.batch.micro is None else ""
+    expected = f"expected a multiple of micro ({micro}{default}) x processes ({world}) = {per_pass}"
+    yield Problem("batch.global", str(total), expected, f"nearest: {', or '.join(offers)}")
+
+
+def _schedule(spec: Spec) -> Iterator[Problem]:
+    schedule, steps = spec.schedule, spec.train.steps
+    if isinstance(schedule, WSD):
+        needed = schedule.warmup + schedule.stable + schedule.decay
+        if needed > steps:
+            stable = schedule.stable - (needed - steps)
+            found = f"warmup {schedule.warmup} + stable {schedule.stable} + decay {schedule.decay} = {needed}"
+            offer = f"stable {stable}, or " if stable >= 0 else ""
+            expected = f"expected at most train.steps ({steps})"
+            yield Problem("schedule", found, expected, f"nearest: {offer}train.steps {needed}")
+    elif schedule.warmup >= steps:
+        expected = f"expected less than train.steps ({steps})"
+        nearest = f"nearest: {steps - 1}, or train.steps {schedule.warmup + 1}"
+        yield Problem("schedule.warmup", str(schedule.warmup), expected, nearest)
+
+
+def _evaluation(spec: Spec) -> Iterator[Problem]:
+    every, steps = spec.train.eval_every, spec.train.steps
+    if every and not spec.data.held_out:
+        expected = "expected 0 where data.held_out is 0: there is nothing to evaluate on"
+        yield Problem("train.eval_every", str(every), expected, "set data.held_out, for example 0.01")
+    if spec.checkpoint.best and not every:
+        expected = "expected train.eval_every above 0: the best one is that of the lowest eval_loss"
+        nearest = f"set train.eval_every, for example {max(1, steps // 10)}"
+        yield Problem("checkpoint.best", "true", expected, nearest)
+
+
+def _precision(spec: Spec) -> Iterator[Problem]:
+    precision = spec.precision
+    if precision.weights not in ("fp32", precision.dtype):
+        found = f"{{dtype: {precision.dtype}, weights: {precision.weights}}}"
+        alone = f"{{dtype: {precision.dtype}, weights: fp32}}"
+        same = f"{{dtype: {precision.weights}, weights: {precision.weights}}}"
+        yield Problem("precision", found, "expected weights fp32 or like dtype", f"use {alone} or {same}")
+    if precision.dtype != "fp16":
+        expected = f"expected only with dtype fp16: {precision.dtype} needs no loss scale"
+        yield from _unused(spec, "precision", ("loss_scale", *DYNAMIC_SCALE_KEYS), expected, "leave it out")
+    elif precision.loss_scale:
+        expected = f"expected only with a dynamic scale, but loss_scale is {precision.loss_scale:g}"
+        nearest = "leave it out, or use loss_scale 0"
+        yield from _unused(spec, "precision", DYNAMIC_SCALE_KEYS, expected, nearest)
+    else:
+        yield from _first_scale(spec)
+
+
+def _first_scale(spec: Spec) -> Iterator[Problem]:
+    power, floor = spec.precision.initial_scale_power, spec.precision.min_loss_scale
+    if math.log2(floor) > power:
+        expected = f"expected at most the first scale, 2 to the power of initial_scale_power ({power})"
+        nearest = f"use {2**power}, or initial_scale_power {math.ceil(math.log2(floor))}"
+        yield Problem("precision.min_loss_scale", printed(floor), expected, nearest)
+
+
+def _stability(spec: Spec) -> Iterator[Problem]:
+    guards, steps = spec.stability, spec.train.steps
+    if guards is None:
+        return
+    if guards.loss_spike is None:
+        expected = "expected only with stability.loss_spike"
+        yield from _unused(spec, "stability", ("window",), expected, "add loss_spike, for example 3")
+    elif guards.window >= steps:
+        expected = f"expected less than train.steps ({steps}): loss_spike has no verdict before it is full"
+        nearest = f"use {steps - 1}" if steps > 1 else "leave loss_spike out"
+        yield Problem("stability.window", str(guards.window), expected, nearest)
+
+
+def _unused(spec: Spec, section: str, keys: Sequence[str], expected: str, nearest: str) -> Iterator[Problem]:
+    """A problem for each of `keys` that is not at its default: it would have no effect."""
+    changed = changed_keys(spec)
+    for path in (f"{section}.{key}" for key in keys):
+        if path in changed:
+            yield Problem(path, printed(changed[path]), expected, nearest)

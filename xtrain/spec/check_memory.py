@@ -1,0 +1,121 @@
+"""Problems across the keys of `memory` and `manual`: techniques that contradict each other or the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from xtrain.contract import Problem
+from xtrain.models.presets import dimensions
+from xtrain.spec.keys import printed
+from xtrain.spec.tree import Checkpointing, MemorySection, Offload, Spec
+
+SHARES_TOLERANCE = 1e-3
+
+
+def memory_problems(spec: Spec) -> Iterator[Problem]:
+    """What the techniques of `memory` ask of each other; `memory: auto` asks nothing."""
+    if not isinstance(spec.memory, MemorySection):
+        return
+    yield from _checkpointing(spec.memory.checkpointing)
+    yield from _group_size(spec, spec.memory.checkpointing)
+    yield from _drives(spec.memory.offload)
+    if spec.memory.offload.parameters.enabled and spec.memory.sharding != "parameters":
+        found = f"{spec.memory.offload.parameters.device} with sharding {spec.memory.sharding}"
+        expected = "expected memory.sharding parameters: whole parameters cannot leave the device"
+        yield Problem("memory.offload.parameters", found, expected, "set memory.sharding: parameters")
+
+
+def _checkpointing(chosen: Checkpointing) -> Iterator[Problem]:
+    path = "memory.checkpointing"
+    given = [key for key in ("auto", "every", "number", "selective") if getattr(chosen, key)]
+    if len(given) > 1:
+        expected = "expected one of auto, every, number, selective"
+        yield Problem(path, " and ".join(given), expected, f"keep {given[0]}")
+    selective = chosen.selective
+    if selective is not None and (selective.ratio is None) == (selective.ops is None):
+        found = "ratio and ops" if selective.ops else "neither"
+        nearest = "keep ops: cheap" if selective.ops else "add ratio: 0.5, or ops: cheap"
+        yield Problem(f"{path}.selective", found, "expected exactly one of ratio, ops", nearest)
+
+
+def _group_size(spec: Spec, chosen: Checkpointing) -> Iterator[Problem]:
+    if spec.model.preset is None:
+        return
+    layers = dimensions(spec).layers
+    for key, value in (("every", chosen.every), ("number", chosen.number)):
+        if value is not None and value > layers:
+            expected = f"expected at most the {layers} layers of the model"
+            yield Problem(f"memory.checkpointing.{key}", str(value), expected, f"nearest: {layers}")
+
+
+def _drives(offload: Offload) -> Iterator[Problem]:
+    for name in Offload.model_fields:
+        target = getattr(offload, name)
+        path = f"memory.offload.{name}"
+        if target.device == "nvme" and not target.path:
+            expected = "expected a folder on the drive: nvme needs one"
+            yield Problem(f"{path}.path", "", expected, "add path, or use device: cpu")
+        elif target.device != "nvme" and target.path is not None:
+            expected = f"expected only with device nvme, not {target.device}"
+            yield Problem(f"{path}.path", target.path, expected, "use device: nvme, or leave path out")
+
+
+def placement_problems(spec: Spec) -> Iterator[Problem]:
+    """`manual.devices` and `manual.split` against each other and the layers of a preset."""
+    if spec.manual is None:
+        return
+    devices, split = spec.manual.devices, spec.manual.split
+    if devices is not None and not devices:
+        yield Problem("manual.devices", "[]", "expected at least one device", "leave it out, or use [main]")
+    elif devices is not None and spec.model.preset is not None and len(devices) > dimensions(spec).layers:
+        layers = dimensions(spec).layers
+        expected = f"expected at most one device for each of the {layers} layers"
+        nearest = f"use {layers} devices, or model.layers {len(devices)}"
+        yield Problem("manual.devices", f"{len(devices)} devices", expected, nearest)
+    elif split != "auto":
+        yield from _split(spec, devices, split)
+
+
+def _split(spec: Spec, devices: list[str] | None, split: list[int] | list[float]) -> Iterator[Problem]:
+    path = "manual.split"
+    if devices is None:
+        nearest = f"name {len(split)} devices there, or use split: auto"
+        yield Problem(path, printed(split), "expected only with manual.devices", nearest)
+    elif len(split) != len(devices):
+        expected = f"expected {len(devices)} entries, one for each of manual.devices"
+        yield Problem(path, f"{len(split)} entries", expected, "add or remove some, or use split: auto")
+    elif any(isinstance(part, float) for part in split):
+        yield from _fractions(split)
+    elif spec.model.preset is not None:
+        yield from _counts(split, dimensions(spec).layers)
+
+
+def _fractions(shares: Sequence[float]) -> Iterator[Problem]:
+    total = math.fsum(shares)
+    if abs(total - 1) <= SHARES_TOLERANCE:
+        return
+    found = f"{printed(list(shares))}, which sum to {total:g}"
+    scaled = (
+        [round(share / total, 4) for share in shares] if total else [round(1 / len(shares), 4)] * len(shares)
+    )
+    yield Problem("manual.split", found, "expected shares that sum to 1", f"nearest: {scaled}")
+
+
+def _counts(counts: Sequence[float], layers: int) -> Iterator[Problem]:
+    total = int(sum(counts))
+    if total == layers:
+        return
+    found = f"{printed(list(counts))}, which sum to {total}"
+    expected = f"expected counts that sum to the {layers} layers of the model"
+    yield Problem("manual.split", found, expected, f"nearest: {_rescaled(counts, layers)}")
+
+
+def _rescaled(counts: Sequence[float], layers: int) -> list[int]:
+    """Whole counts in about the same proportion that sum to `layers`, at least 1 each."""
+    ends = [round(sum(counts[: place + 1]) / sum(counts) * layers) for place in range(len(counts))]
+    taken: list[int] = []
+    for place, end in enumerate(ends):
+        left_over = len(counts) - place - 1  # each of the entries behind needs one layer
+        taken.append(min(max(1, end - sum(taken)), layers - sum(taken) - left_over))
+    return taken
