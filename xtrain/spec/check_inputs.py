@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from xtrain.contract import Problem
-from xtrain.models.presets import BYTES_VOCABULARY, dimensions
+from xtrain.models.presets import PRESETS, dimensions
 from xtrain.spec.keys import printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
 from xtrain.spec.tree import Spec
@@ -90,10 +90,11 @@ def _shape(spec: Spec) -> Iterator[Problem]:
 
 def _vocabulary(spec: Spec) -> Iterator[Problem]:
     given = spec.model.vocab_size
+    symbols = PRESETS["gpt2-nano"].vocab_size  # that preset's vocabulary is the bytes'
     from_bytes = spec.data.source in ("stdlib", "text") and spec.data.tokenizer == "bytes"
-    if given is not None and from_bytes and given < BYTES_VOCABULARY:
-        expected = f"expected at least the {BYTES_VOCABULARY} symbols of data.tokenizer bytes"
-        yield Problem("model.vocab_size", str(given), expected, f"use {BYTES_VOCABULARY}, or leave it out")
+    if given is not None and from_bytes and given < symbols:
+        expected = f"expected at least the {symbols} symbols of data.tokenizer bytes"
+        yield Problem("model.vocab_size", str(given), expected, f"use {symbols}, or leave it out")
 
 
 def _initial_weights(spec: Spec) -> Iterator[Problem]:
