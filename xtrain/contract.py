@@ -41,9 +41,12 @@ class Problem:
     """The nearest thing that works: a key, a value, or what to do."""
     line: int | None = None
     column: int | None = None
+    origin: str = ""
+    """The `--set ...` it comes from; empty when it comes from the file."""
 
     def __str__(self) -> str:
         place = f"{self.line}:{self.column}: " if self.line is not None else ""
+        place = f"{self.origin}: " if self.origin else place
         subject = f"{self.path}: " if self.path else ""
         found = f"found {self.found}, " if self.found else ""
         nearest = f"; {self.nearest}" if self.nearest else ""

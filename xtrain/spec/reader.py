@@ -1,11 +1,12 @@
 """YAML text to plain data, with the place of every key and value.
 
-Stricter than YAML: one document, words as keys, no tags, no key twice, numbers finite, sizes capped. The words for
-numbers and booleans are YAML 1.2's, so `3e-4` is a number and `no` is a word.
+Stricter than YAML: one document, words as keys, no tags, no key twice, numbers finite, sizes capped.
+Numbers and booleans are YAML 1.2's, so `3e-4` is a number and `no` is a word.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ TAG = "tag:yaml.org,2002:"
 WORDS = {"null": None, "~": None, "": None, "true": True, "false": False}
 NULL = re.compile(r"~|null|Null|NULL|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,30})")
+INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,30}(_[0-9]{1,30}){0,10})")
 FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
 
 
@@ -43,7 +44,8 @@ class Mark(NamedTuple):
 class Document:
     """What a YAML text says, and where it says it; places are by dotted path."""
 
-    data: JSON = None
+    data: Any = None
+    """None, bool, int, float, str, and lists and dicts of them."""
     keys: dict[str, Mark] = field(default_factory=dict)
     values: dict[str, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -87,6 +89,15 @@ def parse(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error) from error
     return _Builder().build(node)
+
+
+def as_scalar(text: str) -> JSON:
+    """What `text` would be without quotes: a number, true, false, null, or itself."""
+    try:
+        document = parse(text)
+    except Unreadable:
+        return text
+    return text if document.problems or isinstance(document.data, dict | list) else document.data
 
 
 def _read_text(path: Path) -> str:
@@ -152,11 +163,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.nodes += 1
         self.depth += 1
-        mark = _mark(self.peek_event().start_mark)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if self.nodes > MAX_NODES:
-            raise Unreadable(f"more than {MAX_NODES:,} keys and values", mark=mark)
+            raise Unreadable(f"more than {MAX_NODES:,} keys and values", mark=_mark(event.start_mark))
         if self.depth > MAX_DEPTH:
-            raise Unreadable(f"nested more than {MAX_DEPTH} deep", mark=mark)
+            raise Unreadable(f"nested more than {MAX_DEPTH} deep", mark=_mark(event.start_mark))
         try:
             return super().compose_node(parent, index)
         finally:
@@ -240,8 +251,8 @@ class _Builder:
         return self._problem(path, mark, f"{_tag(node)} {text!r}", "expected plain YAML", "remove the tag")
 
     def _finite(self, text: str, path: str, mark: Mark) -> float | None:
-        number = float(text.replace(".inf", "inf").replace(".nan", "nan").lower().replace(".inf", "inf"))
-        if number - number == 0:
+        number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        if math.isfinite(number):
             return number
         self._problem(path, mark, text[:40], "expected a finite number")
         return None

@@ -1,0 +1,159 @@
+"""Turns pydantic's errors into problems that speak of the file: one for each key, in the spec's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from xtrain.contract import JSON, Problem
+from xtrain.spec.reader import as_scalar
+from xtrain.spec.schema import Schema, all_keys, alternatives, at, choices, describe, join_or, section_name
+from xtrain.spec.schema import sections as sections_of
+
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "batch_size": "batch.micro",
+    "micro_batch": "batch.micro",
+    "global_batch": "batch.global",
+    "max_steps": "train.steps",
+    "epochs": "train.steps",
+    "warmup_steps": "schedule.warmup",
+    "max_grad_norm": "train.clip",
+    "grad_clip": "train.clip",
+    "gradient_clipping": "train.clip",
+    "block_size": "data.seq_len",
+    "max_length": "data.seq_len",
+    "n_layer": "model.layers",
+    "n_head": "model.heads",
+    "n_embd": "model.hidden",
+    "bf16": "precision",
+    "fp16": "precision",
+    "dtype": "precision.dtype",
+    "zero_optimization": "memory.sharding",
+    "zero_stage": "memory.sharding",
+    "gradient_checkpointing": "memory.checkpointing",
+    "nproc": "launch.processes",
+}
+"""What the field calls things."""
+DERIVED = {"accumulation", "accumulate", "gradient_accumulation", "gradient_accumulation_steps", "grad_accum"}
+MEANS_TRUE, MEANS_FALSE = {"yes", "on", "y"}, {"no", "off", "n"}
+SHOWN_CHARACTERS = 60
+
+
+def translate(error: ValidationError, data: JSON) -> list[Problem]:
+    """One problem for each key that is wrong in `data`, the plain data that was validated."""
+    found: dict[tuple[str, ...], Problem] = {}
+    for one in error.errors(include_url=False, include_context=False, include_input=False):
+        path = _path_in(one["loc"], data, one["type"])
+        found.setdefault(path, _problem(path, one["type"], data))
+    # a section that fits none of its forms is reported through the keys that are wrong in it
+    return [problem for path, problem in found.items() if not any(_below(other, path) for other in found)]
+
+
+def shown(value: object) -> str:
+    """A value for a message: text in quotes, the rest as in YAML, cut short."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]} ..."
+
+
+def _path_in(loc: Sequence[str | int], data: JSON, kind: str) -> tuple[str, ...]:
+    """pydantic's place as a path in the file: without the names of alternatives, and not into lists."""
+    path: list[str] = []
+    value: Any = data
+    for part in loc:
+        if isinstance(value, dict) and part in value:
+            path.append(str(part))
+            value = value[part]
+    if kind == "missing":
+        path.append(str(loc[-1]))
+    if kind == "union_tag_invalid" and isinstance(value, dict):
+        path.append("name")
+    return tuple(path)
+
+
+def _below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
+    return len(path) > len(above) and path[: len(above)] == above
+
+
+def _problem(path: tuple[str, ...], kind: str, data: JSON) -> Problem:
+    key = ".".join(path)
+    if kind == "extra_forbidden":
+        return Problem(key, "", "unknown key", _nearest_key(path, data))
+    schema = at(path, data) or {}
+    if kind == "missing":
+        return Problem(key, "", f"missing, expected {describe(schema)}")
+    value = _value_at(path, data)
+    words = _names(path, data) if kind == "union_tag_invalid" else []
+    expected = join_or(words) if words else describe(schema)
+    return Problem(key, shown(value), f"expected {expected}", _nearest_value(value, schema, words))
+
+
+def _names(path: tuple[str, ...], data: JSON) -> list[str]:
+    """The names that choose between a section's forms; `path` is the section or its `name`."""
+    section = path[:-1] if path[-1] == "name" else path
+    return [section_name(one) for one in sections_of(at(section, data) or {})]
+
+
+def _value_at(path: Sequence[str], data: JSON) -> JSON:
+    for key in path:
+        assert isinstance(data, dict)
+        data = data[key]
+    return data
+
+
+# --- the nearest thing that works ---------------------------------------------------------------
+
+
+def _nearest_key(path: tuple[str, ...], data: JSON) -> str:
+    """The key that was probably meant: of another form of the section, beside it, or in another section."""
+    *parents, key = path
+    section = at(parents, data) or {}
+    forms = [section_name(one) for one in sections_of(section) if key in one["properties"]]
+    if forms:
+        return f"a key of {'.'.join(parents)} {join_or(forms)}"
+    if key in DERIVED:
+        return "it follows from batch.global, batch.micro and the number of processes"
+    if key in OTHER_NAMES:
+        return f"did you mean '{OTHER_NAMES[key]}'?"
+    known = _keys_of(parents, data)
+    if near := get_close_matches(key, known, 1):
+        return f"did you mean {near[0]!r}?"
+    elsewhere = [other for other in all_keys() if other.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"did you mean {join_or([repr(other) for other in elsewhere])}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _keys_of(path: Sequence[str], data: JSON) -> list[str]:
+    """The keys that the section at `path` may have, given the form that it has."""
+    prefix = ".".join(path) + "." if path else ""
+    below = [key.removeprefix(prefix) for key in all_keys() if key.startswith(prefix)]
+    return [key for key in below if "." not in key and at([*path, key], data) is not None]
+
+
+def _nearest_value(value: JSON, schema: Schema, words: Sequence[str]) -> str:
+    """Advice for a value of the wrong kind; empty where `expected` says it all."""
+    kinds = {one.get("type") for one in alternatives(schema)}
+    return next(_advice(value, words or choices(schema), kinds), "")
+
+
+def _advice(value: JSON, words: Sequence[str], kinds: set[Any]) -> Iterator[str]:
+    if isinstance(value, str):
+        if near := get_close_matches(value.lower(), words, 1):
+            yield f"did you mean {near[0]!r}?"
+        if "boolean" in kinds and value.lower() in MEANS_TRUE | MEANS_FALSE:
+            yield f"write {'true' if value.lower() in MEANS_TRUE else 'false'}"
+        unquoted = as_scalar(value)
+        is_number = isinstance(unquoted, int | float) and not isinstance(unquoted, bool)
+        if (is_number and kinds & {"integer", "number"}) or (
+            isinstance(unquoted, bool) and "boolean" in kinds
+        ):
+            yield "remove the quotes"
+    if isinstance(value, float) and "integer" in kinds and value.is_integer() and value > 0:
+        yield f"write {int(value)}"
+    if value is None and "none" in words:
+        yield "did you mean 'none'?"
