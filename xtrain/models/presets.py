@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 POSITIONS = 1024
-BYTES_VOCAB_SIZE = 257
+BYTES_VOCABULARY = 257
 """256 bytes and the separator."""
-GPT2_VOCAB_SIZE = 50_257
+GPT2_VOCABULARY = 50_257
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Dimensions:
 
 
 PRESETS: dict[str, Dimensions] = {
-    "gpt2-nano": Dimensions(4, 128, 4, POSITIONS, BYTES_VOCAB_SIZE),
-    "gpt2": Dimensions(12, 768, 12, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-medium": Dimensions(24, 1024, 16, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-large": Dimensions(36, 1280, 20, POSITIONS, GPT2_VOCAB_SIZE),
-    "gpt2-xl": Dimensions(48, 1600, 25, POSITIONS, GPT2_VOCAB_SIZE),
+    "gpt2-nano": Dimensions(4, 128, 4, POSITIONS, BYTES_VOCABULARY),
+    "gpt2": Dimensions(12, 768, 12, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-medium": Dimensions(24, 1024, 16, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-large": Dimensions(36, 1280, 20, POSITIONS, GPT2_VOCABULARY),
+    "gpt2-xl": Dimensions(48, 1600, 25, POSITIONS, GPT2_VOCABULARY),
 }
 
 
