@@ -39,20 +39,27 @@ def check_spec(spec: Spec, world: int | None = None) -> list[Problem]:
 
 
 def _batch(spec: Spec, world: int) -> Iterator[Problem]:
-    total, micro = spec.batch.global_, spec.micro_batch
-    per_pass = micro * world
-    if total % per_pass == 0:
+    total, micro = spec.batch.global_, spec.batch.micro
+    if micro is None:
+        if world > 1:
+            expected = f"expected with {world} processes: without it one pass takes all of global ({total})"
+            yield Problem("batch.micro", "", expected, _share_of(total, world))
         return
-    # Without `micro` there is no multiple of it to aim at: it is `global`, whatever that is.
-    aim = world if spec.batch.micro is None else per_pass
-    globals_ = neighbours(total, multiples(aim, around=total)) if total % aim else []
-    micros = neighbours(micro, divisors(total // world)) if total % world == 0 else []
-    offers = [
-        f"{key} {either(values)}" for key, values in (("global", globals_), ("micro", micros)) if values
-    ]
-    default = ", by default global" if spec.batch.micro is None else ""
-    expected = f"expected a multiple of micro ({micro}{default}) x processes ({world}) = {per_pass}"
-    yield Problem("batch.global", str(total), expected, f"nearest: {', or '.join(offers)}")
+    per_pass = micro * world
+    if total % per_pass:
+        globals_ = multiples(per_pass, around=total)
+        micros = neighbours(micro, divisors(total // world)) if total % world == 0 else []
+        nearest = f"nearest: global {either(globals_)}" + (f", or micro {either(micros)}" if micros else "")
+        expected = f"expected a multiple of micro ({micro}) x processes ({world}) = {per_pass}"
+        yield Problem("batch.global", str(total), expected, nearest)
+
+
+def _share_of(total: int, world: int) -> str:
+    """What to add so that `world` processes share a global batch of about `total`."""
+    if total % world == 0:
+        return f"add micro {total // world}"
+    offers = [f"micro {total // world} with global {total}" for total in multiples(world, around=total)]
+    return f"add {', or '.join(offers)}"
 
 
 def _schedule(spec: Spec) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -98,9 +99,9 @@ def _vocabulary(spec: Spec) -> Iterator[Problem]:
 
 
 def _initial_weights(spec: Spec) -> Iterator[Problem]:
-    path = spec.model.init_from
-    if path is not None and not Path(path).expanduser().exists():
-        yield Problem("model.init_from", path, "expected a folder that exists", _nearest_file(path))
+    given = spec.model.init_from
+    if given is not None and not _exists(path := _expanded(given)):
+        yield Problem("model.init_from", given, "expected a folder that exists", _nearest_file(path))
 
 
 def _source(spec: Spec) -> Iterator[Problem]:
@@ -141,14 +142,14 @@ def _data_path(spec: Spec) -> Iterator[Problem]:
 
 
 def _missing_file(pattern: str) -> Iterator[Problem]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        nearest = f"for example {path / '**' / '*.txt'}"
+    path = _expanded(pattern)
+    if os.path.isdir(path):  # noqa: PTH112
+        nearest = f"for example {Path(path, '**', '*.txt')}"
         yield Problem("data.path", pattern, "expected files, not a folder", nearest)
-    elif not path.exists():
+    elif not _exists(path):
         if not glob.has_magic(pattern):
-            yield Problem("data.path", pattern, "expected a file that exists", _nearest_file(pattern))
-        elif not any(Path(name).is_file() for name in glob.iglob(str(path), recursive=True)):  # noqa: PTH207
+            yield Problem("data.path", pattern, "expected a file that exists", _nearest_file(path))
+        elif not any(map(os.path.isfile, glob.iglob(path, recursive=True))):  # noqa: PTH207
             yield Problem("data.path", pattern, "expected a glob that matches a file", _looked_in())
 
 
@@ -161,15 +162,24 @@ def _token_file(patterns: Sequence[str]) -> Iterator[Problem]:
         yield Problem("data.path", patterns[0], expected, "use data.source text for a file of text")
 
 
+def _expanded(given: str) -> str:
+    """With the home folder for `~`. os.path, because pathlib raises for what is no possible path."""
+    return os.path.expanduser(given)  # noqa: PTH111
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def _nearest_file(missing: str) -> str:
     """The name in the same folder that looks most like the missing one."""
-    path = Path(missing).expanduser()
+    folder, name = Path(missing).parent, Path(missing).name
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
+        names = [entry.name for entry in folder.iterdir()]
+    except (OSError, ValueError):
         return _looked_in()
-    close = get_close_matches(path.name, names, n=1)
-    return f"did you mean {path.parent / close[0]}?" if close else _looked_in()
+    close = get_close_matches(name, names, n=1)
+    return f"did you mean {folder / close[0]}?" if close else _looked_in()
 
 
 def _looked_in() -> str:

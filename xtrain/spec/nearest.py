@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+MOST_TRIED = 100_000
+
 
 def divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    """All of them, rising; of a number above MOST_TRIED squared those that a short search finds."""
+    small = [d for d in range(1, min(math.isqrt(number), MOST_TRIED) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
