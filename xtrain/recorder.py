@@ -23,6 +23,7 @@ from xtrain.record import (
 )
 from xtrain.rundir import RunDirectory
 from xtrain.speed import measure_speed, split_time
+from xtrain.trackers import Trackers
 
 
 class Silent:
@@ -44,12 +45,14 @@ class Silent:
 class Recorder:
     """Writes each update down as it comes. Holds no history, so its size does not grow with the run."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress) -> None:
+    def __init__(self, directory: RunDirectory, progress: Progress, trackers: Trackers) -> None:
         self._log = MetricsLog(directory.metrics)
+        self._trackers = trackers
         self._progress = progress
 
     def saw(self, record: StepRecord) -> None:
         self._log.append(record)
+        self._trackers.log(record)
         self._progress.update(record)
 
     def say(self, text: str) -> None:
@@ -62,6 +65,7 @@ class Recorder:
 
     def close(self) -> None:
         self._log.close()
+        self._trackers.close()
         self._progress.close()
 
 

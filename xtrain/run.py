@@ -14,6 +14,7 @@ from xtrain.prepare import RUN_DIRECTORY, open_directory
 from xtrain.request import Request
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
+from xtrain.trackers import require_installed
 from xtrain.work import work
 from xtrain.worker import register
 
@@ -24,6 +25,7 @@ def run(request: Request) -> int:
     if job is not None:
         register(job.rank)
     spec = load_spec(request.spec_path, request.overrides)
+    require_installed(spec.log.trackers)
     world = _world(request, spec, job)
     choice = choose(request.backend, spec, world, str(request.spec_path))
     if job is None and world > 1:

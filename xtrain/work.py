@@ -19,7 +19,7 @@ from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
 from xtrain.prepare import discarded_on_refusal, prepare
 from xtrain.progress import Progress
-from xtrain.record import Status, write_record
+from xtrain.record import Status, complete_spec, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
 from xtrain.request import Request
 from xtrain.resume import Start, find_start
@@ -28,6 +28,7 @@ from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
 from xtrain.spec.tree import Spec
 from xtrain.summary import format_bytes, render_summary
+from xtrain.trackers import open_trackers
 
 
 def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
@@ -93,8 +94,9 @@ class Run:
         )
         started = perf_counter()
         ended = _outcome_of(lambda: loop.run(self.begin.step, last), last, spec.train.steps)
+        seconds = perf_counter() - started
         observer.close()
-        self._record(ended, perf_counter() - started, loop.peak_live_bytes)
+        self._record(ended, seconds, loop.peak_live_bytes)
         if ended.error is not None:
             raise ended.error
         engine.gather(None)  # nobody leaves before rank 0 has written: a launcher may end the others then
@@ -103,8 +105,12 @@ class Run:
     def _observer(self, last: int) -> Recorder | Silent:
         if self.directory is None:
             return Silent()
-        every = self.facts.resolved.spec.log.every_steps
-        return Recorder(self.directory, Progress(last, self.begin.step, enabled=True, every=every))
+        spec = self.facts.resolved.spec
+        progress = Progress(last, self.begin.step, enabled=True, every=spec.log.every_steps)
+        trackers = open_trackers(
+            spec.log.trackers, self.directory.path, complete_spec(spec), progress.say, self.begin.step + 1
+        )
+        return Recorder(self.directory, progress, trackers)
 
     def _checkpointer(self, guards: Guards | None, observer: Recorder | Silent) -> Checkpointer:
         return Checkpointer(
