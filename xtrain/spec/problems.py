@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
@@ -13,6 +13,8 @@ from xtrain.contract import JSON, Problem
 from xtrain.spec.reader import as_scalar
 from xtrain.spec.schema import Schema, all_keys, alternatives, at, choices, describe, join_or, section_name
 from xtrain.spec.schema import sections as sections_of
+
+Path: TypeAlias = tuple[str, ...]
 
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
@@ -46,12 +48,13 @@ SHOWN_CHARACTERS = 60
 
 def translate(error: ValidationError, data: JSON) -> list[Problem]:
     """One problem for each key that is wrong in `data`, the plain data that was validated."""
-    found: dict[tuple[str, ...], Problem] = {}
+    kinds: dict[Path, str] = {}
     for one in error.errors(include_url=False, include_context=False, include_input=False):
-        path = _path_in(one["loc"], data, one["type"])
-        found.setdefault(path, _problem(path, one["type"], data))
-    # a section that fits none of its forms is reported through the keys that are wrong in it
-    return [problem for path, problem in found.items() if not any(_below(other, path) for other in found)]
+        kinds.setdefault(_path_in(one["loc"], data, one["type"]), one["type"])
+    meant = {_meant(path, data) for path, kind in kinds.items() if kind == "extra_forbidden"}
+    # a section that fits none of its forms is told by the keys that are wrong in it, a mistyped key once
+    hidden = {path for path in kinds if any(_below(other, path) for other in kinds)} | meant
+    return [_problem(path, kind, data) for path, kind in kinds.items() if path not in hidden]
 
 
 def shown(value: object) -> str:
@@ -60,7 +63,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]} ..."
 
 
-def _path_in(loc: Sequence[str | int], data: JSON, kind: str) -> tuple[str, ...]:
+def _path_in(loc: Sequence[str | int], data: JSON, kind: str) -> Path:
     """pydantic's place as a path in the file: without the names of alternatives, and not into lists."""
     path: list[str] = []
     value: Any = data
@@ -68,23 +71,23 @@ def _path_in(loc: Sequence[str | int], data: JSON, kind: str) -> tuple[str, ...]
         if isinstance(value, dict) and part in value:
             path.append(str(part))
             value = value[part]
-    if kind == "missing":
+    if kind == "missing" and not isinstance(value, list):
         path.append(str(loc[-1]))
     if kind == "union_tag_invalid" and isinstance(value, dict):
         path.append("name")
     return tuple(path)
 
 
-def _below(path: tuple[str, ...], above: tuple[str, ...]) -> bool:
+def _below(path: Path, above: Path) -> bool:
     return len(path) > len(above) and path[: len(above)] == above
 
 
-def _problem(path: tuple[str, ...], kind: str, data: JSON) -> Problem:
+def _problem(path: Path, kind: str, data: JSON) -> Problem:
     key = ".".join(path)
     if kind == "extra_forbidden":
         return Problem(key, "", "unknown key", _nearest_key(path, data))
     schema = at(path, data) or {}
-    if kind == "missing":
+    if kind == "missing" and not _is_there(path, data):
         return Problem(key, "", f"missing, expected {describe(schema)}")
     value = _value_at(path, data)
     words = _names(path, data) if kind == "union_tag_invalid" else []
@@ -92,10 +95,18 @@ def _problem(path: tuple[str, ...], kind: str, data: JSON) -> Problem:
     return Problem(key, shown(value), f"expected {expected}", _nearest_value(value, schema, words))
 
 
-def _names(path: tuple[str, ...], data: JSON) -> list[str]:
+def _names(path: Path, data: JSON) -> list[str]:
     """The names that choose between a section's forms; `path` is the section or its `name`."""
     section = path[:-1] if path[-1] == "name" else path
     return [section_name(one) for one in sections_of(at(section, data) or {})]
+
+
+def _is_there(path: Path, data: JSON) -> bool:
+    for key in path:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return True
 
 
 def _value_at(path: Sequence[str], data: JSON) -> JSON:
@@ -108,24 +119,30 @@ def _value_at(path: Sequence[str], data: JSON) -> JSON:
 # --- the nearest thing that works ---------------------------------------------------------------
 
 
-def _nearest_key(path: tuple[str, ...], data: JSON) -> str:
+def _nearest_key(path: Path, data: JSON) -> str:
     """The key that was probably meant: of another form of the section, beside it, or in another section."""
     *parents, key = path
     section = at(parents, data) or {}
     forms = [section_name(one) for one in sections_of(section) if key in one["properties"]]
     if forms:
-        return f"a key of {'.'.join(parents)} {join_or(forms)}"
+        return f"it belongs to {'.'.join(parents)} {join_or(forms)}"
     if key in DERIVED:
         return "it follows from batch.global, batch.micro and the number of processes"
     if key in OTHER_NAMES:
         return f"did you mean '{OTHER_NAMES[key]}'?"
-    known = _keys_of(parents, data)
-    if near := get_close_matches(key, known, 1):
-        return f"did you mean {near[0]!r}?"
+    if meant := _meant(path, data):
+        return f"did you mean {meant[-1]!r}?"
     elsewhere = [other for other in all_keys() if other.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {join_or([repr(other) for other in elsewhere])}?"
-    return f"known here: {', '.join(known)}"
+    return f"known here: {', '.join(_keys_of(parents, data))}"
+
+
+def _meant(path: Path, data: JSON) -> Path:
+    """The key beside it that `path` is a mistyping of; empty where there is none."""
+    *parents, key = path
+    near = get_close_matches(key, _keys_of(parents, data), 1)
+    return (*parents, near[0]) if near else ()
 
 
 def _keys_of(path: Sequence[str], data: JSON) -> list[str]:
@@ -142,11 +159,12 @@ def _nearest_value(value: JSON, schema: Schema, words: Sequence[str]) -> str:
 
 
 def _advice(value: JSON, words: Sequence[str], kinds: set[Any]) -> Iterator[str]:
+    means_yes_or_no = isinstance(value, str) and value.lower() in MEANS_TRUE | MEANS_FALSE
     if isinstance(value, str):
-        if near := get_close_matches(value.lower(), words, 1):
-            yield f"did you mean {near[0]!r}?"
-        if "boolean" in kinds and value.lower() in MEANS_TRUE | MEANS_FALSE:
+        if means_yes_or_no and "boolean" in kinds:
             yield f"write {'true' if value.lower() in MEANS_TRUE else 'false'}"
+        if not means_yes_or_no and (near := get_close_matches(value.lower(), words, 1)):
+            yield f"did you mean {near[0]!r}?"
         unquoted = as_scalar(value)
         is_number = isinstance(unquoted, int | float) and not isinstance(unquoted, bool)
         if (is_number and kinds & {"integer", "number"}) or (
@@ -155,5 +173,6 @@ def _advice(value: JSON, words: Sequence[str], kinds: set[Any]) -> Iterator[str]
             yield "remove the quotes"
     if isinstance(value, float) and "integer" in kinds and value.is_integer() and value > 0:
         yield f"write {int(value)}"
-    if value is None and "none" in words:
+    no = value is None or value is False or (means_yes_or_no and value in MEANS_FALSE)
+    if no and "none" in words:
         yield "did you mean 'none'?"

@@ -84,7 +84,8 @@ def parse(text: str) -> Document:
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
         raise Unreadable(
-            f"not text: character {error.character!r}", nearest="save the file as UTF-8 text"
+            f"a character that no text has, at position {error.position + 1}",
+            nearest="save the file as UTF-8 text",
         ) from error
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error) from error
@@ -131,7 +132,9 @@ def _neighbours(path: Path) -> str:
     except OSError:
         return ""
     return (
-        f"did you mean {path.parent / near[0]}?" if (near := get_close_matches(path.name, names, 1)) else ""
+        f"did you mean {path.parent / near[0]}?"
+        if (near := get_close_matches(path.name, names, 1, 0.75))
+        else ""
     )
 
 
@@ -226,8 +229,9 @@ class _Builder:
             if key == "<<":
                 self._problem(path, mark, "the merge key <<", "expected plain keys", "write the keys out")
             elif key in found:
-                lines_of_both = f"given twice, in lines {lines[key]} and {mark.line}"
-                self._problem(below, mark, "", lines_of_both, "keep one")
+                first = lines[key]
+                where = f"lines {first} and {mark.line}" if first != mark.line else f"line {first}"
+                self._problem(below, mark, "", f"given twice, in {where}", "keep one")
             else:
                 lines[key] = mark.line
                 self.document.keys[below] = mark

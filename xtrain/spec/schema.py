@@ -146,6 +146,9 @@ def key_table() -> str:
         takes = _unique(describe(one).replace("|", "\\|") for one in found if not sections(one))
         takes = takes or _unique(join_or([*choices(one), "a section"]) for one in found)
         default = _unique(_default(one) for one in found)
+        default = default.replace("required; ", "").replace(
+            "; required", ""
+        )  # `name`: one form has it as default
         meaning = _unique(one.get("description", "") for one in found)
         rows.append(f"| `{key}` | {takes} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
@@ -157,9 +160,9 @@ def _unique(words: Iterator[str]) -> str:
 
 
 def _default(schema: Schema) -> str:
-    if sections(schema) or "default" not in schema:
-        return "" if sections(schema) else "required"
+    if "default" not in schema:
+        return "required"
     default = schema["default"]
-    if default is None or default in ([], {}):
+    if sections(schema) or default is None or default == {}:
         return ""
     return f"`{default if isinstance(default, str) else json.dumps(default)}`"

@@ -46,7 +46,7 @@ class ModelSection(Section):
 
     preset: PresetName | None = Field(None, description="built-in model")
     factory: str | None = Field(None, description="package.module:function that returns the model")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of `factory`")
+    args: dict[str, Any] = Field({}, description="keyword arguments of `factory`")
     hf: str | None = Field(None, description="Hugging Face model: a name or a local folder")
     trust_remote_code: Flag = Field(False, description="let an `hf` model run its own code")
     layers: Count | None = Field(None, description="blocks; the preset's own otherwise")
@@ -293,7 +293,7 @@ class Log(Section):
 
     every_steps: Count = Field(10, description="updates per logging window")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="services that get the metrics too"
+        [], description="services that get the metrics too"
     )
 
 
