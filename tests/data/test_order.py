@@ -16,7 +16,7 @@ ORDER_OF_THOUSAND = "d9d5f0faf5a20bbbba2bb8b4235c312ba09b0b1becee6724c751e63a51b
 
 def epoch(count: int, seed: int, number: int = 0) -> list[int]:
     first = number * count
-    return Permutation(count, seed)(np.arange(first, first + count)).tolist()
+    return [int(i) for i in Permutation(count, seed)(np.arange(first, first + count))]
 
 
 def test_mix_is_the_published_splitmix64() -> None:
@@ -26,8 +26,8 @@ def test_mix_is_the_published_splitmix64() -> None:
 
 
 def test_keys_differ_by_every_part() -> None:
-    keys = {int(key(*parts)) for parts in [(1, "a"), (1, "b"), (2, "a"), ("a", 1), (1,), (1, "a", 0)]}
-    assert len(keys) == 6
+    keys = [key(1, "a"), key(1, "b"), key(2, "a"), key("a", 1), key(1), key(1, "a", 0)]
+    assert len(set(map(int, keys))) == 6
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 16, 97, 100, 101, 1023, 1024, 1025, 62_000])

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xtrain.data.sources import open_stream
 from xtrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from xtrain.errors import RequestError
+from xtrain.spec.tree import Spec
 
 
 def test_bytes_are_utf8_and_never_the_separator() -> None:
@@ -48,13 +50,35 @@ class TestHuggingFace:
     @pytest.fixture(autouse=True)
     def transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("transformers", reason="needs transformers: pip install xtrain[hf]")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def test_a_local_folder_encodes_with_its_end_token_between_documents(self, tmp_path: Path) -> None:
         tokenizer = load_tokenizer(word_tokenizer(tmp_path / "words"))
         assert tokenizer.encode("the cat dog").tolist() == [2, 3, 1]
         assert tokenizer.encode("").dtype == np.int64
         assert (tokenizer.vocab_size, tokenizer.separator) == (5, 0)
+
+    def test_text_is_cached_with_the_tokenizers_end_token_between_documents(self, tmp_path: Path) -> None:
+        paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+        for path in paths:
+            path.write_text("the cat sat\n")
+        spec = Spec.model_validate(
+            {
+                "model": {"preset": "gpt2-nano"},
+                "data": {
+                    "source": "text",
+                    "path": [str(path) for path in paths],
+                    "tokenizer": word_tokenizer(tmp_path / "words"),
+                },
+                "batch": {"global": 1},
+                "train": {"steps": 1},
+                "optimizer": {"lr": 0.1},
+            }
+        )
+        stream = open_stream(spec, show_progress=False)
+        assert stream.tokens.tolist() == [2, 3, 4, 0, 2, 3, 4]
+        assert stream.vocab_size == 5
+        assert stream.tokens.dtype == np.uint8
 
     def test_identity_is_of_the_content_not_of_the_name(self, tmp_path: Path) -> None:
         names = [word_tokenizer(tmp_path / "a"), word_tokenizer(tmp_path / "b")]
@@ -67,5 +91,5 @@ class TestHuggingFace:
             load_tokenizer(word_tokenizer(tmp_path / "words", eos=False))
 
     def test_an_unknown_name_is_a_request_error(self) -> None:
-        with pytest.raises(RequestError, match="data.tokenizer: 'no/such-tokenizer' could not be loaded: "):
+        with pytest.raises(RequestError, match=r"data\.tokenizer: 'no/such-tokenizer' could not be loaded: "):
             load_tokenizer("no/such-tokenizer")
