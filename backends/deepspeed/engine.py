@@ -28,7 +28,7 @@ from xtrain.contract import (
 )
 
 from . import state
-from .environment import device_of, start_process_group
+from .environment import device_of, require_fp16, start_process_group
 from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
 from .optimizer import build_optimizer
@@ -49,6 +49,9 @@ class DeepSpeedEngine:
         self.device = device_of(job)
         self.asynchronous = self.device.type != "cpu"
         start_process_group(job, self.device)
+        fp16 = spec.precision.dtype == "fp16"
+        if fp16:
+            require_fp16(self.device)
         self.data_rank, self.data_size = job.rank, job.world
         model = source.build()
         self.parameter_count = sum(p.numel() for p in model.parameters())
@@ -60,7 +63,6 @@ class DeepSpeedEngine:
         self.optimizer = optimizer
         self._vetoed = False
         self._votes = Votes(job.world)
-        fp16 = spec.precision.dtype == "fp16"
         self.scaler = DeferredGrowth(self.engine.optimizer.loss_scaler) if fp16 else None
         torch.manual_seed(spec.train.seed + job.rank)  # dropout, from here on
         self.engine.train()

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Availability, Job
+from xtrain.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
 
+EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -55,6 +57,24 @@ def prepare() -> None:
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+
+
+def require_fp16(device: torch.device) -> None:
+    """Refuse fp16 where the processor has none, as DeepSpeed would, unless slow arithmetic was asked for."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.is_fp16_supported():
+        return
+    if device.type != "cpu" or os.environ.get(EMULATED_FP16) != "1":
+        raise RequestError(
+            "precision fp16 on deepspeed: this processor has no fp16 arithmetic (on a CPU avx512_fp16 or AMX); "
+            f"use precision: bf16, or set {EMULATED_FP16}=1 to have it computed slowly"
+        )
+    supported = [*accelerator.supported_dtypes(), torch.float16]
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: supported
 
 
 def device_of(job: Job) -> torch.device:

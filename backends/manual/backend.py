@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
+from xtrain.errors import RequestError
 
 from .support import find_notes, find_problems
 
@@ -45,4 +46,8 @@ class ManualBackend:
         from .devices import device_of
         from .engine import ManualEngine
 
-        return ManualEngine(resolved.spec, model, device_of(self.name))
+        device = device_of(self.name)
+        for dtype in {resolved.spec.precision.dtype, resolved.spec.precision.weights}:
+            if reason := device.lacks(dtype):
+                raise RequestError(f"precision {dtype} on {self.name}: {reason}")
+        return ManualEngine(resolved.spec, model, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,8 +35,9 @@ class Device(ABC):
     def reserved(self) -> Counter | None:
         """Bytes the allocator or driver holds."""
 
-    def supports_bf16(self) -> bool:
-        return True
+    def lacks(self, dtype: str) -> str:
+        """Why it cannot compute in "bf16" or "fp16"; empty when it can."""
+        return ""
 
     def random_state(self) -> dict[str, JSON]:
         """torch's generators, as text: the CPU's, and the device's own where it has one."""
@@ -48,6 +50,23 @@ class Device(ABC):
 
     def is_out_of_memory(self, error: RuntimeError) -> bool:
         return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
+NO_FP16 = (
+    "this CPU has no fp16 arithmetic (avx512_fp16 or AMX); use precision: bf16, "
+    f"or set {EMULATED_FP16}=1 to have it computed slowly"
+)
+
+
+def cpu_computes_fp16() -> bool:
+    """In hardware, as far as torch can tell; or slowly, where someone asked for it."""
+    if os.environ.get(EMULATED_FP16) == "1":
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
 
 
 class Cpu(Device):
@@ -70,6 +89,9 @@ class Cpu(Device):
 
     def reserved(self) -> Counter | None:
         return None
+
+    def lacks(self, dtype: str) -> str:
+        return "" if dtype != "fp16" or cpu_computes_fp16() else NO_FP16
 
     def is_out_of_memory(self, error: RuntimeError) -> bool:
         return "can't allocate memory" in str(error) or super().is_out_of_memory(error)
@@ -106,8 +128,10 @@ class Cuda(Device):
         if "cuda" in state:
             torch.cuda.set_rng_state(_decode(state["cuda"]))
 
-    def supports_bf16(self) -> bool:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    def lacks(self, dtype: str) -> str:
+        if dtype != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False):
+            return ""
+        return "this GPU has no bf16 arithmetic; use precision: fp16"
 
 
 class Mps(Device):
@@ -142,8 +166,10 @@ class Mps(Device):
         if "mps" in state:
             torch.mps.set_rng_state(_decode(state["mps"]))
 
-    def supports_bf16(self) -> bool:
-        return torch.backends.mps.is_macos_or_newer(14, 0)
+    def lacks(self, dtype: str) -> str:
+        if dtype != "bf16" or torch.backends.mps.is_macos_or_newer(14, 0):
+            return ""
+        return "bf16 on Apple GPUs needs macOS 14; use precision: fp16"
 
 
 def _encode(state: torch.Tensor) -> str:

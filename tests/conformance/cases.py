@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +26,10 @@ class Case:
     name: str
     backend: str
     spec: Section
-    doubled_gradients: bool = False
-    """A control: the same losses, gradients twice too large."""
+    gradient_factors: Mapping[int, float] = field(default_factory=dict)
+    """What is wrong with the gradients, by 0-based step; the losses stay right. -1 stands for every step."""
+    wrong_rank: int | None = None
+    """Of which rank; None for all."""
     keep_weights: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -33,7 +37,8 @@ class Case:
             "name": self.name,
             "backend": self.backend,
             "spec": self.spec,
-            "doubled_gradients": self.doubled_gradients,
+            "gradient_factors": {str(step): factor for step, factor in self.gradient_factors.items()},
+            "wrong_rank": self.wrong_rank,
             "keep_weights": self.keep_weights,
         }
 
@@ -66,7 +71,10 @@ class Training:
     model: Section = field(
         default_factory=lambda: {"preset": "gpt2-nano", "layers": 2, "hidden": 64, "heads": 2}
     )
-    doubled_gradients: bool = False
+    stability: Section | None = None
+    eval_every: int = 0
+    gradient_factors: Mapping[int, float] = field(default_factory=dict)
+    wrong_rank: int | None = None
     keep_weights: bool = False
 
     def on(self, lane: Lane) -> Case:
@@ -74,13 +82,17 @@ class Training:
             "model": self.model,
             "data": {"source": "synthetic", "seq_len": 32, "tokens": 40_000, "masked": self.masked},
             "batch": {"global": 8, "micro": 8 // (self.accumulation * lane.world)},
-            "train": {"steps": self.steps, "clip": self.clip},
+            "train": {"steps": self.steps, "clip": self.clip, "eval_every": self.eval_every},
+            "stability": self.stability,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "precision": self.precision,
             "memory": {"sharding": lane.sharding},
         }
-        return Case(f"{self.name}@{lane}", lane.backend, spec, self.doubled_gradients, self.keep_weights)
+        wrong_rank = None if self.wrong_rank is None else self.wrong_rank % lane.world
+        return Case(
+            f"{self.name}@{lane}", lane.backend, spec, self.gradient_factors, wrong_rank, self.keep_weights
+        )
 
 
 TRAININGS = [
@@ -95,6 +107,33 @@ ONE_UPDATE = [
 ]
 CONTROLS = [
     Training("lr-off", {**SGD_UNCLIPPED, "lr": SGD_UNCLIPPED["lr"] * 1.01}, clip=None),
-    Training("gradients-doubled", SGD_UNCLIPPED, clip=None, doubled_gradients=True),
+    Training("gradients-doubled", SGD_UNCLIPPED, clip=None, gradient_factors={-1: 2.0}),
 ]
-BF16 = Training("bf16", precision="bf16")
+FP16 = {"dtype": "fp16", "initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 2}
+"""A scale that overflows at once, comes down, and grows into overflow again."""
+MIXED = [
+    Training("bf16", precision="bf16"),
+    Training("bf16-weights", precision={"dtype": "bf16", "weights": "bf16"}),
+    Training("fp16", precision=FP16),
+    Training("fp16-sgd", SGD_UNCLIPPED, clip=None, precision=FP16),
+]
+FORCED_OVERFLOWS = Training(
+    "fp16-forced",
+    precision={"dtype": "fp16", "initial_scale_power": 8, "loss_scale_window": 3, "hysteresis": 2},
+    gradient_factors=dict.fromkeys((3, 4, 5, 11, 16), math.inf),
+    wrong_rank=-1,
+)
+"""Overflows planted on the last rank, at a scale too small for others."""
+PLANTED_NAN = Training(
+    "planted-nan",
+    SGD_UNCLIPPED,
+    clip=None,
+    stability={"stop_after": 10},
+    gradient_factors={6: math.nan, 13: math.nan},
+    wrong_rank=-1,
+)
+PLANTED_SPIKE = Training(
+    "planted-spike", stability={"grad_norm": 100.0}, gradient_factors={4: 1e4, 12: 1e4}, wrong_rank=-1
+)
+EVALUATED = Training("evaluated", eval_every=5)
+BF16_UNCLIPPED = Training("bf16-unclipped", SGD_UNCLIPPED, clip=None, precision="bf16")

@@ -43,5 +43,10 @@ def run_cases(
 
 
 def _environment() -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(ROOT),
+        "XTRAIN_EMULATED_FP16": "1",
+    }
     return {**os.environ, **quiet}

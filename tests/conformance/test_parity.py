@@ -17,10 +17,15 @@ import numpy as np
 import pytest
 
 from tests.conformance.cases import (
-    BF16,
+    BF16_UNCLIPPED,
     BITING_CLIP,
     CONTROLS,
+    EVALUATED,
+    FORCED_OVERFLOWS,
+    MIXED,
     ONE_UPDATE,
+    PLANTED_NAN,
+    PLANTED_SPIKE,
     SHARDING,
     STEPS,
     TRAININGS,
@@ -37,6 +42,9 @@ pytestmark = pytest.mark.slow
 FP32_TOLERANCE = 1e-5
 """Relative; measured: see docs/proofs.md."""
 
+MIXED_TOLERANCE = 1e-3
+"""Relative; measured: at most 1e-4 on one process, 3e-4 on two. bf16 itself differs from fp32 by 3e-3."""
+
 REFERENCE = Lane("cpu")
 ALONE = [
     REFERENCE,
@@ -45,11 +53,15 @@ ALONE = [
 ]
 TOGETHER = [Lane("deepspeed", sharding, world=2) for sharding in SHARDING]
 LANES = ALONE + TOGETHER
+SKIPPED = [FORCED_OVERFLOWS, PLANTED_NAN, PLANTED_SPIKE]
 ACCUMULATIONS = [Training(f"accumulation-{n}", clip=None, masked=0.3, accumulation=n) for n in (1, 2, 4)]
 
 
 def cases_on(lane: Lane) -> list[Case]:
-    return [training.on(lane) for training in (*TRAININGS, *ACCUMULATIONS, *ONE_UPDATE, BF16)]
+    return [
+        training.on(lane)
+        for training in (*TRAININGS, *ACCUMULATIONS, *ONE_UPDATE, *MIXED, *SKIPPED, EVALUATED, BF16_UNCLIPPED)
+    ]
 
 
 class Lanes:
@@ -114,7 +126,18 @@ def test_one_update_from_equal_states_gives_equal_parameters(
     found, expected = lanes.weights(training, lane), lanes.weights(training, REFERENCE)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
+        compared = ~key_bias(name, value)
+        change = np.abs(found[name] - value)[compared].max()
+        assert change <= FP32_TOLERANCE * np.abs(value[compared]).max(), name
+
+
+def key_bias(name: str, value: np.ndarray) -> np.ndarray:
+    """Where the bias of the attention keys stands: shifting all scores of a query changes no softmax, so its
+    gradient is zero but for rounding, and Adam makes a whole step of a random sign out of it."""
+    third = np.zeros(value.shape, dtype=bool)
+    if name.endswith("query_key_value.bias"):
+        third[len(value) // 3 : 2 * len(value) // 3] = True
+    return third
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=lambda t: t.name)
@@ -132,9 +155,52 @@ def test_the_model_learns() -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("lane", ALONE, ids=str)
+def test_bf16_autocast_is_exact_where_shapes_and_order_are_the_same(lane: Lane, lanes: Lanes) -> None:
+    found, expected = lanes.of(BF16_UNCLIPPED, lane), lanes.of(BF16_UNCLIPPED, REFERENCE)
+    assert difference(found["losses"], expected["losses"]) <= 1e-6
+
+
 @pytest.mark.parametrize("lane", LANES, ids=str)
-def test_bf16_autocast_stays_in_its_band(lane: Lane, lanes: Lanes) -> None:
-    """One process: the same products in the same order. Two: each has other shapes, so other roundings."""
-    found, expected = lanes.of(BF16, lane), lanes.of(BF16, REFERENCE)
-    band = 1e-5 if lane.world == 1 else 1e-3
-    assert difference(found["losses"], expected["losses"]) <= band
+@pytest.mark.parametrize("training", MIXED[:2], ids=lambda t: t.name)
+def test_mixed_precision_stays_in_its_band(training: Training, lane: Lane, lanes: Lanes) -> None:
+    """One ulp of the clip factor, or products of other shapes on two processes, flip 16-bit roundings."""
+    found, expected = lanes.of(training, lane), lanes.of(training, REFERENCE)
+    assert difference(found["losses"], expected["losses"]) <= MIXED_TOLERANCE
+
+
+@pytest.mark.parametrize("lane", ALONE, ids=str)
+@pytest.mark.parametrize("name", ["fp16", "fp16-sgd"])
+def test_the_loss_scale_grows_into_overflow_and_comes_back_at_the_same_steps(
+    name: str, lane: Lane, lanes: Lanes
+) -> None:
+    """On one process; on two each rank's own gradients must fit fp16, and those are not the global ones."""
+    training = next(t for t in MIXED if t.name == name)
+    found, expected = lanes.of(training, lane), lanes.of(training, REFERENCE)
+    assert found["skipped"] == expected["skipped"]
+    assert found["loss_scales"] == expected["loss_scales"]
+    assert 0 < sum(expected["skipped"]) < STEPS
+    assert max(expected["loss_scales"][8:]) > min(expected["loss_scales"][:8])  # it grew again
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+@pytest.mark.parametrize("training", SKIPPED, ids=lambda t: t.name)
+def test_what_goes_wrong_on_one_rank_is_skipped_at_the_same_steps_by_all(
+    training: Training, lane: Lane, lanes: Lanes
+) -> None:
+    """A forced fp16 overflow, a NaN, a spike of the gradient norm: then all go on as if nothing had been."""
+    found, expected = lanes.of(training, lane), lanes.of(training, REFERENCE)
+    planted = [step in training.gradient_factors for step in range(STEPS)]
+    assert found["skipped"] == expected["skipped"] == planted
+    assert found["loss_scales"] == expected["loss_scales"]
+    tolerance = MIXED_TOLERANCE if training is FORCED_OVERFLOWS else FP32_TOLERANCE
+    assert difference(found["losses"], expected["losses"]) <= tolerance
+
+
+@pytest.mark.parametrize("lane", LANES, ids=str)
+def test_the_held_out_loss_is_the_same_number_everywhere(lane: Lane, lanes: Lanes) -> None:
+    found, expected = lanes.of(EVALUATED, lane), lanes.of(EVALUATED, REFERENCE)
+    evaluated = [i for i, loss in enumerate(expected["eval_losses"]) if loss is not None]
+    assert evaluated == [4, 9, 14, 19]
+    for step in evaluated:
+        assert found["eval_losses"][step] == pytest.approx(expected["eval_losses"][step], rel=FP32_TOLERANCE)

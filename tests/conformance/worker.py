@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from xtrain import registry
 from xtrain.contract import Engine, Job, ModelSource
 from xtrain.data import open_data
+from xtrain.guards import Guards
 from xtrain.loop import Loop
 from xtrain.metrics import StepRecord
 from xtrain.models.source import model_source
@@ -34,28 +36,37 @@ class Collector:
         self.records.append(record)
 
 
-class DoubledGradients:
-    """A model source whose gradients are twice too large while its losses are right."""
+class WrongGradients:
+    """A model source whose gradients are wrong in a planned way while its losses are right."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, factors: dict[int, float], passes_per_step: int) -> None:
         self.source = source
         self.description = source.description
+        self.factors = factors
+        self.passes_per_step = passes_per_step
 
     def build(self) -> Any:
         import torch
 
-        class Doubled(torch.autograd.Function):
+        class Scaled(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+            def forward(ctx: Any, loss: torch.Tensor, factor: float) -> torch.Tensor:
+                ctx.factor = factor
                 return loss.clone()
 
             @staticmethod
-            def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-                return upstream * 2
+            def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+                return upstream * ctx.factor, None
 
         model = self.source.build()
-        plain = model.forward
-        model.forward = lambda tokens, targets: Doubled.apply(plain(tokens, targets))  # type: ignore[no-untyped-call]
+        plain, passes = model.forward, count()
+
+        def forward(tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+            step = next(passes) // self.passes_per_step
+            factor = self.factors.get(step, self.factors.get(-1, 1.0))
+            return Scaled.apply(plain(tokens, targets), factor)  # type: ignore[no-untyped-call]
+
+        model.forward = forward
         return model
 
     def decayed(self, name: str, parameter: Any) -> bool:
@@ -67,17 +78,18 @@ def run_case(case: dict[str, Any], job: Job, out: Path) -> dict[str, Any]:
     spec = Spec.model_validate(case["spec"])
     data = open_data(spec, show_progress=False)
     source: ModelSource = model_source(spec, data.vocab_size)
-    if case["doubled_gradients"]:
-        source = DoubledGradients(source)
+    if case["gradient_factors"] and case["wrong_rank"] in (None, job.rank):
+        factors = {int(step): factor for step, factor in case["gradient_factors"].items()}
+        source = WrongGradients(source, factors, spec.accumulation(job.world))
     backend = registry.load(case["backend"])
     problems = backend.problems(spec, job.world)
     if problems:
         return {"refused": [str(problem) for problem in problems]}
     engine = backend.start(backend.resolve(spec, job.world), source, job)
     collector = Collector()
-    Loop(engine, data, learning_rate(spec), collector, window_steps=7, eval_every=spec.train.eval_every).run(
-        0, spec.train.steps
-    )
+    guards = Guards(spec.stability) if spec.stability else None
+    loop = Loop(engine, data, learning_rate(spec), collector, 7, spec.train.eval_every, guards)
+    loop.run(0, spec.train.steps)
     if case["keep_weights"]:
         _keep_weights(engine, job, out / f"{case['name']}.npz")
     engine.close()
