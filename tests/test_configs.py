@@ -41,8 +41,9 @@ def test_quickstart_runs_on_every_real_backend() -> None:
     assert set(backends_of(quickstart)) == set(registry.names()) - {"null"}
 
 
-def test_every_key_of_the_quickstart_is_explained() -> None:
-    lines = (ROOT / "configs" / "quickstart.yaml").read_text().splitlines()
-    keys = [line for line in lines if re.match(r" +[\w-]+: \S", line)]
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_key_is_explained(config: Path) -> None:
+    lines = config.read_text().splitlines()
+    keys = [line for line in lines if re.match(r"( +[\w-]+:| *[\w-]+: +\S)", line)]
     assert len(keys) >= 8
     assert [line for line in keys if " # " not in line] == []
