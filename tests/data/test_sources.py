@@ -64,8 +64,9 @@ def test_long_documents_are_read_in_blocks_that_do_not_show(
 ) -> None:
     monkeypatch.setattr(text, "_BLOCK_BYTES", 4)
     content = "ab\n€€€€ no line end for a while €€\nlast".encode()
-    paths = write(tmp_path, a=content, b=b"b")
-    assert stream(source="text", path=paths).tokens.tolist() == [*content, SEPARATOR, *b"b"]
+    paths = write(tmp_path, a=b"a", long=content, b=b"b")
+    expected = [*b"a", SEPARATOR, *content, SEPARATOR, *b"b"]
+    assert stream(source="text", path=paths).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("block_bytes", [2, 3, 4, 5, 1000])
