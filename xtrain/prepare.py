@@ -20,9 +20,8 @@ RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
 """Tells workers which directory their launcher made for them."""
 
 
-def prepare(request: Request, resolved: Resolved, begin: Start) -> RunDirectory:
-    """The run directory, with everything in it that is known before the first step."""
-    directory = open_directory(request)
+def fill(directory: RunDirectory, request: Request, resolved: Resolved, begin: Start) -> None:
+    """Write down what is known before the first step. The directory must be locked."""
     write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
     write_json(
         directory.resolved,
@@ -40,7 +39,6 @@ def prepare(request: Request, resolved: Resolved, begin: Start) -> RunDirectory:
     if request.resume and request.out:
         shutil.copy(RunDirectory.open(_run_of(request.resume)).metrics, directory.metrics)
     MetricsLog(directory.metrics).truncate_after(begin.step)
-    return directory
 
 
 def open_directory(request: Request) -> RunDirectory:

@@ -17,7 +17,7 @@ from xtrain.guards import Guards, OverflowWatch
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
-from xtrain.prepare import discarded_on_refusal, prepare
+from xtrain.prepare import discarded_on_refusal, fill, open_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, complete_spec, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
@@ -42,8 +42,10 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
     resolved = choice.backend.resolve(spec, job.world)
     for note in resolved.notes:
         say(first, f"note: {note}")
-    directory = prepare(request, resolved, begin) if first else None
+    directory = open_directory(request) if first else None
     with directory.lock() if directory else nullcontext():
+        if directory:
+            fill(directory, request, resolved, begin)
         before = resident_bytes()
         with discarded_on_refusal(None if request.resume else directory):
             engine = choice.backend.start(resolved, model, job)
