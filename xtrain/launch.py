@@ -11,17 +11,25 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from xtrain.agent import AGENT_ENDING
-from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from xtrain.worker import FOLDER, endings, process_ids
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestError
+from xtrain.supervise import children, kill_groups
+from xtrain.worker import FOLDER, ending, process_ids
+
+PROCESSES_PER_CORE = 4
+ALWAYS_ALLOWED = 64
+"""Processes, whatever the cores: a host's accelerators may outnumber what is left of its cores."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended: an exit code of ours, and what to tell people."""
+    """How a launch ended: an exit code, and what to tell people."""
 
     code: int
     message: str
@@ -32,78 +40,161 @@ def start_workers(
 ) -> Ended:
     """Run `python -m MODULE ARGUMENTS` in `processes` processes that form one job; wait for all.
 
-    Ctrl-C and SIGTERM are passed on to the workers, which finish their step and save; a second Ctrl-C
-    ends them where they stand. Workers do not outlive this process, however it ends.
+    Ctrl-C and SIGTERM are passed on once to the workers, which finish their step and save; a second
+    Ctrl-C ends them where they stand. Workers do not outlive this process, however it ends. Raises
+    RequestError when they cannot be started. Call it from the main thread.
     """
-    with tempfile.TemporaryDirectory(prefix="xtrain-") as name:
-        folder = Path(name)
-        command = [sys.executable, "-m", "xtrain.agent", "--standalone", "--nproc_per_node", str(processes)]
-        agent = subprocess.Popen(
-            [*command, "-m", module, *arguments],
-            env={**environ, **_threads(environ, processes), FOLDER: name},
-            start_new_session=True,  # a terminal's Ctrl-C comes here, and from here to the workers
+    _check(processes)
+    with tempfile.TemporaryDirectory(prefix="xtrain-", ignore_cleanup_errors=True) as name:
+        command = [str(processes), module, *arguments]
+        launch = Launch(Path(name), command, {**environ, **_threads(environ, processes), FOLDER: name})
+        with launch.supervised():
+            launch.agent.wait()
+        return launch.verdict()
+
+
+def _check(processes: int) -> None:
+    most = max(ALWAYS_ALLOWED, PROCESSES_PER_CORE * cores())
+    if processes > most:
+        raise RequestError(
+            f"{processes} processes were asked for, and this machine has {cores()} cores; at most {most} "
+            "are started on it. Ask for fewer with --nproc or launch.processes"
         )
-        with _passing_on_signals(agent, folder):
-            agent.wait()
-        return _ended(folder, agent.returncode)
+    if find_spec("torch") is None:
+        raise RequestError(
+            f"more than one process needs torch.distributed.run, and {sys.executable} has no torch; "
+            "install it with `pip install torch`"
+        )
+
+
+def cores() -> int:
+    """Physical cores that this process may use."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return min(physical, len(os.sched_getaffinity(0))) if sys.platform == "linux" else physical
 
 
 def _threads(environ: Mapping[str, str], processes: int) -> dict[str, str]:
     """Cores shared out: threads that outnumber them spin, and a step takes many times as long."""
     if "OMP_NUM_THREADS" in environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    threads = max(1, cores() // processes)
+    _say(f"{processes} processes on {cores()} cores: OMP_NUM_THREADS={threads} each, as it is not set")
+    return {"OMP_NUM_THREADS": str(threads)}
 
 
-@contextmanager
-def _passing_on_signals(agent: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
-    interrupts = 0
+class Launch:
+    """The agent, its workers, and what was asked of them meanwhile."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        leave_at_once = interrupts > 1
-        _signal_all(process_ids(folder), signal.SIGKILL if leave_at_once else signal.SIGTERM)
-        if leave_at_once or not process_ids(folder):
-            _signal_all([agent.pid], signal.SIGKILL)
+    def __init__(self, folder: Path, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._processes = int(command[0])
+        self._asked: signal.Signals | None = None
+        self._left_at_once = False
+        agents_end, self._lifeline = os.pipe()
+        self.agent = subprocess.Popen(
+            [sys.executable, "-m", "xtrain.agent", str(agents_end), *command],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[agents_end],
+            start_new_session=True,  # a terminal's Ctrl-C comes here, and from here to the workers
+        )
+        os.close(agents_end)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if agent.poll() is None:
-            _signal_all([*process_ids(folder), agent.pid], signal.SIGKILL)
-
-
-def _signal_all(processes: Sequence[int], number: signal.Signals) -> None:
-    for process in processes:
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Signals are passed on; when it is left, nobody is."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            os.kill(process, number)
-        except ProcessLookupError:
-            continue
+            yield
+        finally:
+            self._end_all()
+            os.close(self._lifeline)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is None:
+            self._asked = signal.Signals(number)
+            self._pass_on(self._asked)
+        elif number == signal.SIGINT:
+            self._left_at_once = True
+            self._end_all()
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        workers = children(self.agent.pid)
+        for worker in workers:
+            try:
+                os.kill(worker, number)
+            except ProcessLookupError:
+                continue
+        if not workers:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """The agent first: it must not start others, nor report these as failed."""
+        workers = set(self._silent_workers())
+        if self.agent.returncode is None:
+            workers |= set(children(self.agent.pid))
+            kill_groups([self.agent.pid])
+        kill_groups(workers)
+
+    def _silent_workers(self) -> list[int]:
+        """Those that have not said that they end; what they started may still be there."""
+        return [
+            process for rank, process in process_ids(self._folder).items() if not ending(self._folder, rank)
+        ]
+
+    def verdict(self) -> Ended:
+        """One, from what the workers, and the agent that watched them, left behind."""
+        if self._left_at_once:
+            return Ended(
+                EXIT_FAILED, "the workers were ended at once, as asked; what was saved before stands"
+            )
+        if self.agent.returncode == EXIT_DONE:
+            words = [ending(self._folder, rank) for rank in range(self._processes)]
+            interrupted = any(word is not None and word.code == EXIT_INTERRUPTED for word in words)
+            return Ended(EXIT_INTERRUPTED if interrupted else EXIT_DONE, "")
+        file = self._folder / AGENT_ENDING
+        if not file.exists():
+            return self._without_report()
+        found = json.loads(file.read_text())
+        return self._failure(int(found["rank"]), int(found["exitcode"]))
+
+    def _failure(self, rank: int, code: int) -> Ended:
+        """Of the worker that failed first, in its own words if it had any."""
+        word = ending(self._folder, rank)
+        if word is not None and not word.orderly:
+            code = word.code  # whatever became of the process on its way out
+        who = f"rank {rank} of {self._processes}"
+        if self._asked is not None and code == -self._asked:
+            return self._too_early()
+        if code < 0:
+            reason = " (often: out of memory)" if code == -signal.SIGKILL else ""
+            return Ended(EXIT_FAILED, f"{who} was killed by {_name(-code)}{reason}; the others were ended")
+        if word is None or not word.message:
+            return Ended(code, f"{who} ended with exit code {code}; the others were ended")
+        return Ended(code, f"{who} failed\n{word.message}" if "\n" in word.message else word.message)
+
+    def _without_report(self) -> Ended:
+        code = self.agent.returncode
+        if self._asked is not None:
+            return self._too_early()
+        how = f"was killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return Ended(EXIT_FAILED, f"the process that watches the workers {how}; the workers were ended")
+
+    def _too_early(self) -> Ended:
+        """Nothing was saved, and nothing is lost: to start again is to go on."""
+        message = f"{_name(self._asked or 0)} came before training began or after it ended: nothing to save"
+        _say(message)
+        return Ended(EXIT_INTERRUPTED, message)
 
 
-def _ended(folder: Path, agent_code: int) -> Ended:
-    """One verdict from what the workers, and the agent that watched them, left behind."""
-    said = endings(folder)
-    failed = [ending for ending in said if ending.code not in (EXIT_DONE, EXIT_INTERRUPTED)]
-    if failed:
-        return Ended(failed[0].code, failed[0].message)
-    if agent_code != 0:
-        return Ended(EXIT_FAILED, _silent_death(folder, agent_code))
-    interrupted = any(ending.code == EXIT_INTERRUPTED for ending in said)
-    return Ended(EXIT_INTERRUPTED if interrupted else EXIT_DONE, "")
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
-def _silent_death(folder: Path, agent_code: int) -> str:
-    """A worker that could not say why it ended."""
-    file = folder / AGENT_ENDING
-    if not file.exists():
-        return f"the launcher's agent ended with code {agent_code}"
-    ending = json.loads(file.read_text())
-    code = int(ending["exitcode"])
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    reason = " (often: out of memory)" if code == -signal.SIGKILL else ""
-    return f"rank {ending['rank']} {how}{reason}"
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
