@@ -17,11 +17,11 @@ from xtrain.data.text import find_files, read_blocks, stdlib_files
 from xtrain.data.tokenfile import TokenFile, open_token_file
 from xtrain.data.tokenizers import Tokenizer, load_tokenizer
 from xtrain.errors import RequestError
+from xtrain.models.presets import GPT2_VOCABULARY
 from xtrain.spec.tree import Spec
 
 SYNTHETIC_TOKENS = 1_000_000
 BYTE_VOCABULARY = 257
-GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
