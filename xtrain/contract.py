@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from xtrain.printable import printable
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -50,7 +52,7 @@ class Problem:
         subject = f"{self.path}: " if self.path else ""
         found = f"found {self.found}, " if self.found else ""
         nearest = f"; {self.nearest}" if self.nearest else ""
-        return f"{place}{subject}{found}{self.expected}{nearest}"
+        return printable(f"{place}{subject}{found}{self.expected}{nearest}")
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,8 @@ class StateTensor:
     """The parameter's or buffer's name in the model that ModelSource built."""
     kind: StateKind
     value: torch.Tensor | None
-    """A copy that is the taker's own; None on the ranks that do not own it."""
+    """May be the engine's own memory, so it holds until the next train_step: copy what is kept longer.
+    None on the ranks that do not own it."""
 
 
 class StateReader(Protocol):

@@ -22,15 +22,15 @@ MOMENTS: dict[str, StateKind] = {
 def export_state(
     model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, owner: Callable[[str], int]
 ) -> Iterator[StateTensor]:
-    """Every tensor of the state, copied to the CPU one at a time. One process: it owns everything."""
+    """Every tensor of the state, one at a time. One process: it owns everything."""
     for name, parameter in model.named_parameters():
         updated = weights.updated.get(name, parameter)
-        yield StateTensor(name, "weight", _copy(updated))
+        yield StateTensor(name, "weight", _on_host(updated))
         for key, kind in MOMENTS.items():
             if isinstance(moment := optimizer.state[updated].get(key), torch.Tensor):
-                yield StateTensor(name, kind, _copy(moment))
+                yield StateTensor(name, kind, _on_host(moment))
     for name, buffer in model.named_buffers():
-        yield StateTensor(name, "buffer", buffer.detach().cpu().clone())
+        yield StateTensor(name, "buffer", buffer.detach().cpu())
 
 
 @torch.no_grad()
@@ -75,5 +75,6 @@ def _set(tensor: torch.Tensor, reader: StateReader, name: str, kind: StateKind) 
     tensor.copy_(stored)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Where it is fp32 on the CPU already, the tensor itself: a save then needs no second copy of the state."""
+    return tensor.detach().to("cpu", torch.float32)
