@@ -128,7 +128,7 @@ def test_workers_form_one_job_and_share_the_cores(started: Callable[..., Launche
 
 @pytest.mark.slow
 def test_exit_code_of_the_first_failing_worker_comes_through(started: Callable[..., Launcher]) -> None:
-    launcher = started("exits", "1", "2")
+    launcher = started("exits", "1", "2", "--nproc", "2")  # torchrun has options of that name
     assert launcher.end()[:2] == (2, "rank 1 of 2 ended with exit code 2; the others were ended")
 
 

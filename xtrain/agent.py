@@ -52,11 +52,13 @@ def _run(processes: str, command: list[str], folder: Path) -> int:
     options = ["--standalone", "--nnodes", "1", "--nproc-per-node", processes, "--max-restarts", "0"]
     # Loopback: a laptop's own name often does not resolve. Two signals are handled above.
     options += ["--local-addr", "127.0.0.1", "--signals-to-handle", "SIGHUP,SIGQUIT"]
-    options += ["--log-dir", str(folder / "torchrun"), "-m", "xtrain.worker"]
+    options += ["--log-dir", str(folder / "torchrun")]
     haste = Haste(folder)
     haste.start()
     try:
-        run.run(run.parse_args([*options, *command]))
+        torchrun = run.parse_args([*options, "-m", "xtrain.worker"])
+        torchrun.training_script_args = command  # unread: it would take a worker's --nproc for its own
+        run.run(torchrun)
     except ChildFailedError as failed:
         exit_codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         rank = first_failure(folder, exit_codes, haste.failed_first)
