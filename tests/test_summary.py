@@ -20,7 +20,7 @@ left out: 3 for warm-up, 1 traced)
 memory, live tensors                 peak 300.0 MiB (counter)
 memory, reserved by the allocator    not measured
 memory, resident set of the process  peak 2.00 GiB (counter)
-time                                 data 10%, forward 30%, backward 50%, reduce 0%, optimizer 0%, other 10% \
+time                                 data 10%, forward 30%, backward 50%, other 10% \
 (1 traced step)
 everything in                        runs/tiny-1"""
 

@@ -59,12 +59,14 @@ def measure_speed(records: Sequence[StepRecord], warmup_steps: int) -> Speed | N
 def split_time(records: Sequence[StepRecord]) -> TimeSplit | None:
     """Means over the traced steps, which must be timed from getting the batch to the end of the update.
 
-    None when no step was traced. A phase without a span has 0 seconds; what is in no span is `other`.
+    None when no step was traced. A phase that the engine marks no span of is left out, for it was not
+    measured (a library may reduce gradients inside its backward pass); what is in no span is `other`.
     """
     traced = [(r.spans, r.seconds) for r in records if r.spans is not None and r.seconds]
     if not traced:
         return None
-    sums = {phase: sum(spans.get(phase, 0.0) for spans, _ in traced) for phase in PHASES}
+    marked = [phase for phase in PHASES if phase == "other" or any(phase in spans for spans, _ in traced)]
+    sums = {phase: sum(spans.get(phase, 0.0) for spans, _ in traced) for phase in marked}
     total = max(
         sum(seconds for _, seconds in traced), sum(sums.values())
     )  # clocks are read one after another

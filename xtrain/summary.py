@@ -120,5 +120,5 @@ def _memory(ranks: Sequence[RankMemory], key: str) -> str:
 def _time(split: TimeSplit | None) -> str:
     if split is None:
         return NOT_MEASURED
-    shares = ", ".join(f"{phase} {split.shares.get(phase, 0.0):.0%}" for phase in PHASES)
+    shares = ", ".join(f"{phase} {split.shares[phase]:.0%}" for phase in PHASES if phase in split.shares)
     return f"{shares} ({plural(split.traced_steps, 'traced step')})"

@@ -40,7 +40,7 @@ from xtrain.spec.tree import Spec
 pytestmark = pytest.mark.slow
 
 FP32_TOLERANCE = 1e-5
-"""Relative; measured: see docs/proofs.md."""
+"""Relative; measured: losses 2.2e-7, norms 7e-7 at most, over all lanes."""
 
 MIXED_TOLERANCE = 1e-3
 """Relative; measured: at most 1e-4 on one process, 3e-4 on two. bf16 itself differs from fp32 by 3e-3."""
