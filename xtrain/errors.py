@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtrain.contract import Problem
+from xtrain.printable import printable
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -40,7 +41,7 @@ class SpecError(RequestError):
         self.source = source
         self.problems = tuple(problems)
         count = len(self.problems)
-        head = f"{source} has {count} problem{'s' if count != 1 else ''}"
+        head = f"{printable(source)} has {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
