@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from xtrain.spec.check import check_spec
+from xtrain.printable import printable
+from xtrain.spec.check import CHECKS, check_spec
 from xtrain.spec.nearest import divisors
-from xtrain.spec.tree import Spec
+from xtrain.spec.tree import LARGEST, Spec
 
 BASE: dict[str, Any] = {
     "model": {"preset": "gpt2-nano"},
@@ -206,7 +207,7 @@ def test_every_missing_file_of_a_list_is_reported(folder: Path) -> None:
 @pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "x" * 5000, "a\0b"], ids=["user", "long", "nul"])
 def test_what_can_be_no_path_is_a_missing_file(folder: Path, path: str) -> None:
     assert problems(data={"source": "text", "path": path}) == [
-        f"data.path: found {path}, expected a file that exists; looked from {folder}"
+        f"data.path: found {printable(path)}, expected a file that exists; looked from {folder}"
     ]
 
 
@@ -314,7 +315,7 @@ def test_world_overrides_the_processes_of_the_spec() -> None:
 
 def test_huge_numbers_are_answered_at_once() -> None:
     assert divisors(10**30)[:3] == [1, 2, 4]
-    assert len(problems(batch={"global": 10**30, "micro": 7})) == 1
+    assert len(problems(batch={"global": LARGEST, "micro": 11})) == 1
 
 
 SCHEDULES = [
@@ -594,6 +595,20 @@ def test_every_problem_is_reported_at_once() -> None:
         "precision",
         "memory.checkpointing",
     ]
+
+
+def test_every_section_but_those_of_one_backend_and_the_log_is_read_by_a_check() -> None:
+    read = frozenset().union(*(reads for _, reads in CHECKS))
+    assert read >= {"model", "data", "batch", "train", "schedule", "precision", "memory", "launch"}
+    assert read <= {*Spec.model_fields}
+
+
+def test_checks_of_an_unsound_section_are_left_out_and_the_others_are_not() -> None:
+    spec = Spec.model_validate(
+        {**BASE, "batch": {"global": 10, "micro": 4}, "schedule": {"warmup": 500}, "launch": {"processes": 3}}
+    )
+    told = {section: [p.path for p in check_spec(spec, None, {section})] for section in ("launch", "train")}
+    assert told == {"launch": ["schedule.warmup"], "train": ["batch.global"]}
 
 
 @pytest.mark.slow

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from xtrain.cli import main
 from xtrain.errors import SpecError
 from xtrain.spec import Spec, dump_spec, load_spec
+from xtrain.spec.keys import all_keys
 
 GOOD = """\
 model: {preset: gpt2-nano}
@@ -41,6 +47,14 @@ BROKEN_VALUES = [
         "1, betas: [0.9]",
         ["5:27: optimizer.betas: found [0.9], expected a list of 2 numbers >= 0 and < 1"],
     ),
+    (
+        "200",
+        "200, seed: 9223372036854775808",
+        [
+            "4:27: train.seed: found 9223372036854775808, expected a whole number >= 0; keep it below 2^63",
+        ],
+    ),
+    ("micro: 8", "micro: 1e3", ["3:28: batch.micro: found 1000.0, expected a whole number >= 1; write 1000"]),
     ("200", "200, clip: 0", ["4:27: train.clip: found 0, expected a number > 0 or null"]),
     ("200", "200, compile: yes", ["4:30: train.compile: found 'yes', expected true or false; write true"]),
     (
@@ -95,6 +109,13 @@ BROKEN_KEYS = [
         "steps: 200",
         "steps: 200, <<: {seed: 3}",
         ["4:21: train: found the merge key <<, expected plain keys; write the keys out"],
+    ),
+    ("200", "!!int '5'", ["4:16: train.steps: found tag !!int '5', expected plain YAML; remove the tag"]),
+    ("{steps: 200}", "! {steps: 200}", ["4:8: train: found tag !, expected plain YAML; remove the tag"]),
+    (
+        "200",
+        "200, !!str seed: 3",
+        ["4:21: train: found tag !!str, expected plain YAML; remove the tag"],
     ),
     (
         "200",
@@ -173,6 +194,11 @@ BROKEN_SECTIONS = [
         "log: {trackers: [mlflow]}",
         ['6:17: log.trackers: found ["mlflow"], expected a list of tensorboard or wandb'],
     ),
+    ("log:", ["6:5: log: found null, expected a section with every_steps, trackers; leave it out"]),
+    (
+        "launch: {processes: ~}",
+        ["6:21: launch.processes: found null, expected a whole number >= 1; leave it out"],
+    ),
     ("deepspeed: 3", ["6:12: deepspeed: found 3, expected a mapping"]),
     ("learning_rate: 3", ["6:1: learning_rate: unknown key; did you mean 'optimizer.lr'?"]),
     ("---\na: 1", ["6:1: a second document starts here; keep one spec in a file, without `---` lines"]),
@@ -197,7 +223,7 @@ BROKEN_FILES = [
     (b"\xff\xfea", "byte 1 is not UTF-8; save the file as UTF-8 text"),
     (b"a: \x00", "a character that no text has, at position 4; save the file as UTF-8 text"),
     (b"#" * (1 << 20) + b"\n", "larger than 1 MiB, which no spec is; is this the right file?"),
-    (b"a: &a [*a]\n", "1:4: aliases expand to more than 10,000 values; write the values out"),
+    (b"a: &a [*a]\n", "1:4: this value refers to itself; write it out"),
 ]
 
 
@@ -259,6 +285,127 @@ def test_problems_of_every_kind_are_told_at_once_in_the_order_of_the_file() -> N
     )
 
 
+def test_bad_value_does_not_silence_the_checks_across_other_sections() -> None:
+    Path("spec.yaml").write_text(
+        GOOD.replace("3e-4", "fast").replace("micro: 8", "micro: 5, zzz: 1") + "schedule: {warmup: 300}\n"
+    )
+    assert told() == message(
+        "3:17: batch.global: found 16, expected a multiple of micro (5) x processes (1) = 5; nearest: "
+        "global 15 or 20, or micro 4 or 8",
+        "3:31: batch.zzz: unknown key; known here: global, micro",
+        "5:17: optimizer.lr: found 'fast', expected a number > 0",
+        "6:20: schedule.warmup: found 300, expected less than train.steps (200); nearest: 199, "
+        "or train.steps 301",
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("200", "200, seed: many"),  # so that train.steps may be meant otherwise, too
+        ("200", "200, steps: 400"),
+        ("train: {steps: 200}", "trian: {steps: 400}"),
+        ("200", "200, step: 400"),
+        ("train: {steps: 200}", "max_steps: 400"),
+    ],
+)
+def test_nothing_is_said_across_a_section_that_is_in_doubt(old: str, new: str) -> None:
+    Path("spec.yaml").write_text(GOOD.replace(old, new) + "schedule: {warmup: 300}\n")
+    assert "schedule.warmup" not in told()
+
+
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, 0, -1, 3, 2.5, 1e300, 2**70, "auto", "x", [], [1, "a"], {}, {"a": {}}]
+)
+DOTTED = [*all_keys(), "zzz", "train.zzz", "trian", "optimizer.name.x", "memory.checkpointing.zzz"]
+
+
+@given(st.dictionaries(st.sampled_from(DOTTED), VALUES, max_size=6))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_wrong_is_told_and_breaks_nothing(changes: dict[str, Any]) -> None:
+    Path("spec.yaml").write_text(GOOD)
+    with suppress(SpecError):
+        load_spec(Path("spec.yaml"), [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["batch.micro=3"],
+            "--set batch.micro=3: batch.global: found 16, expected a multiple of micro (3) x processes (1) = "
+            "3; nearest: global 15 or 18, or micro 2 or 4",
+        ),
+        (
+            ["train.seed=1", "launch.processes=2", "batch.micro=3"],
+            "--set launch.processes=2 --set batch.micro=3: batch.global: found 16, expected a multiple of "
+            "micro (3) x processes (2) = 6; nearest: global 12 or 18, or micro 2 or 4",
+        ),
+        (
+            ["model.hf=gpt2"],
+            "--set model.hf=gpt2: model: found preset and hf, expected exactly one of preset, factory, hf; "
+            "keep preset",
+        ),
+    ],
+)
+def test_problem_that_an_override_causes_elsewhere_names_it(overrides: list[str], line: str) -> None:
+    Path("spec.yaml").write_text(GOOD)
+    assert told(*(word for one in overrides for word in ("--set", one))) == message(line)
+
+
+def test_override_is_not_blamed_for_what_the_file_says() -> None:
+    Path("spec.yaml").write_text(GOOD + "schedule: {warmup: 300}\n")
+    assert told("--set", "train.seed=1").startswith(
+        "error: spec.yaml has 1 problem\n  6:20: schedule.warmup:"
+    )
+
+
+@pytest.mark.parametrize("text", ["deepspeed: {a: {b: [.inf]}}", "deepspeed: {a: {b: [.nan]}}"])
+def test_number_that_json_does_not_know_never_reaches_a_ds_config(text: str) -> None:
+    number = text.partition("[")[2].partition("]")[0]
+    Path("spec.yaml").write_text(f"{GOOD}{text}\n")
+    assert told() == message(f"6:21: deepspeed.a.b.0: found {number}, expected a finite number")
+    Path("spec.yaml").write_text(GOOD)
+    line = f"--set deepspeed.x={number}: deepspeed.x: found {number}, expected a finite number"
+    assert told("--set", f"deepspeed.x={number}") == message(line)
+
+
+@pytest.mark.parametrize(
+    ("added", "lines"),
+    [
+        ('"a\\e[31mb": 1', ["6:1: found a\\x1b[31mb as a key, expected a word"]),
+        (
+            'log: {trackers: ["\\e]0;x\\a"]}',
+            ['6:17: log.trackers: found ["\\u001b]0;x\\u0007"], expected a list of tensorboard or wandb'],
+        ),
+        (
+            'deepspeed: {a: "\\0"}',
+            ["6:16: deepspeed.a: found '\\x00', expected text without NUL or lone surrogates"],
+        ),
+        (
+            'deepspeed: {a: "\\ud800"}',
+            ["6:16: deepspeed.a: found '\\ud800', expected text without NUL or lone surrogates"],
+        ),
+        (
+            'memory: {offload: {optimizer: {device: cpu, path: "x\\e[2J"}}}',
+            [
+                "6:51: memory.offload.optimizer.path: found x\\x1b[2J, expected only with device nvme, not "
+                "cpu; use device: nvme, or leave path out"
+            ],
+        ),
+    ],
+)
+def test_no_control_character_reaches_the_terminal(added: str, lines: list[str]) -> None:
+    Path("spec.yaml").write_text(f"{GOOD}{added}\n")
+    assert told() == message(*lines)
+
+
+def test_control_characters_of_the_command_line_do_not_reach_the_terminal_either() -> None:
+    Path("spec.yaml").write_text(GOOD)
+    line = "--set tr\\x1bain=1: tr\\x1bain: unknown key; did you mean 'train'?"
+    assert told("--set", "tr\x1bain=1") == message(line)
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -311,6 +458,11 @@ def test_overrides_change_make_and_spread_out_sections() -> None:
         "stability": {"loss_spike": 3},
     }
     assert spec == Spec.model_validate(expected)
+
+
+def test_numbers_may_be_as_large_as_64_bits_count_and_have_their_thousands_apart() -> None:
+    assert loaded("train.steps=1_000").train.steps == 1000
+    assert loaded(f"train.seed={2**63 - 1}").train.seed == 2**63 - 1
 
 
 def test_later_override_wins_and_is_the_one_named() -> None:

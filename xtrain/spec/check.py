@@ -7,38 +7,31 @@ the spec at hand. What only one backend cannot honour is that backend's to refus
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from xtrain.contract import Problem
-from xtrain.spec.check_inputs import data_problems, model_problems
-from xtrain.spec.check_memory import memory_problems, placement_problems
+from xtrain.spec.check_inputs import data_problems, fit_problems, model_problems
+from xtrain.spec.check_memory import group_problems, memory_problems, placement_problems
 from xtrain.spec.keys import changed_keys, printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
-from xtrain.spec.tree import WSD, Spec
+from xtrain.spec.tree import WSD, Launch, Spec
 
 DYNAMIC_SCALE_KEYS = ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
 
 
-def check_spec(spec: Spec, world: int | None = None) -> list[Problem]:
+def check_spec(spec: Spec, world: int | None = None, unsound: Collection[str] = ()) -> list[Problem]:
     """Every problem across the keys of `spec`, for `world` processes (default: launch.processes).
 
-    Paths are looked for from the current directory. Nothing is raised, and no marks are attached.
+    Sections named in `unsound` are not as given: checks that read one of them are left out. Paths are
+    looked for from the current directory. Nothing is raised, and no marks are attached.
     """
-    processes = spec.launch.processes if world is None else world
-    return [
-        *model_problems(spec),
-        *data_problems(spec),
-        *_batch(spec, processes),
-        *_schedule(spec),
-        *_evaluation(spec),
-        *_precision(spec),
-        *memory_problems(spec),
-        *placement_problems(spec),
-        *_stability(spec),
-    ]
+    if world is not None:
+        spec = spec.model_copy(update={"launch": Launch(processes=world)})
+    return [problem for check, reads in CHECKS if reads.isdisjoint(unsound) for problem in check(spec)]
 
 
-def _batch(spec: Spec, world: int) -> Iterator[Problem]:
+def batch_problems(spec: Spec, world: int) -> Iterator[Problem]:
+    """Whether `world` processes can share the global batch in micro-batches."""
     total, micro = spec.batch.global_, spec.batch.micro
     if micro is None:
         if world > 1:
@@ -52,6 +45,10 @@ def _batch(spec: Spec, world: int) -> Iterator[Problem]:
         nearest = f"nearest: global {either(globals_)}" + (f", or micro {either(micros)}" if micros else "")
         expected = f"expected a multiple of micro ({micro}) x processes ({world}) = {per_pass}"
         yield Problem("batch.global", str(total), expected, nearest)
+
+
+def _batch(spec: Spec) -> Iterator[Problem]:
+    return batch_problems(spec, spec.launch.processes)
 
 
 def _share_of(total: int, world: int) -> str:
@@ -79,13 +76,16 @@ def _schedule(spec: Spec) -> Iterator[Problem]:
 
 
 def _evaluation(spec: Spec) -> Iterator[Problem]:
-    every, steps = spec.train.eval_every, spec.train.steps
+    every = spec.train.eval_every
     if every and not spec.data.held_out:
         expected = "expected 0 where data.held_out is 0: there is nothing to evaluate on"
         yield Problem("train.eval_every", str(every), expected, "set data.held_out, for example 0.01")
-    if spec.checkpoint.best and not every:
+
+
+def _best(spec: Spec) -> Iterator[Problem]:
+    if spec.checkpoint.best and not spec.train.eval_every:
         expected = "expected train.eval_every above 0: the best one is that of the lowest eval_loss"
-        nearest = f"set train.eval_every, for example {max(1, steps // 10)}"
+        nearest = f"set train.eval_every, for example {max(1, spec.train.steps // 10)}"
         yield Problem("checkpoint.best", "true", expected, nearest)
 
 
@@ -134,3 +134,20 @@ def _unused(spec: Spec, section: str, keys: Sequence[str], expected: str, neares
     for path in (f"{section}.{key}" for key in keys):
         if path in changed:
             yield Problem(path, printed(changed[path]), expected, nearest)
+
+
+CHECKS: tuple[tuple[Callable[[Spec], Iterator[Problem]], frozenset[str]], ...] = (
+    (model_problems, frozenset({"model"})),
+    (data_problems, frozenset({"data"})),
+    (fit_problems, frozenset({"model", "data"})),
+    (_batch, frozenset({"batch", "launch"})),
+    (_schedule, frozenset({"schedule", "train"})),
+    (_evaluation, frozenset({"train", "data"})),
+    (_best, frozenset({"checkpoint", "train"})),
+    (_precision, frozenset({"precision"})),
+    (memory_problems, frozenset({"memory"})),
+    (group_problems, frozenset({"memory", "model"})),
+    (placement_problems, frozenset({"manual", "model"})),
+    (_stability, frozenset({"stability", "train"})),
+)
+"""Each check with the sections that it reads."""

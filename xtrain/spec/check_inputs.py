@@ -23,8 +23,7 @@ def model_problems(spec: Spec) -> Iterator[Problem]:
     yield from _model_kind(spec)
     yield from _model_keys(spec)
     yield from _factory(spec)
-    yield from _shape(spec)
-    yield from _vocabulary(spec)
+    yield from _heads(spec)
     yield from _initial_weights(spec)
 
 
@@ -33,6 +32,12 @@ def data_problems(spec: Spec) -> Iterator[Problem]:
     yield from _source(spec)
     yield from _data_keys(spec)
     yield from _data_path(spec)
+
+
+def fit_problems(spec: Spec) -> Iterator[Problem]:
+    """What model and data ask of each other."""
+    yield from _context(spec)
+    yield from _vocabulary(spec)
 
 
 def _model_kind(spec: Spec) -> Iterator[Problem]:
@@ -72,8 +77,7 @@ def _factory_form(factory: str) -> str:
     return f"did you mean {guess}?" if FACTORY_FORM.fullmatch(guess) else "for example my_models.tiny:build"
 
 
-def _shape(spec: Spec) -> Iterator[Problem]:
-    """What the sizes of a preset must fulfil together."""
+def _heads(spec: Spec) -> Iterator[Problem]:
     if spec.model.preset is None:
         return
     size = dimensions(spec)
@@ -83,9 +87,15 @@ def _shape(spec: Spec) -> Iterator[Problem]:
         expected = f"expected a divisor of hidden ({size.hidden})"
         nearest = f"nearest: heads {either(heads)}, or hidden {either(hidden)}"
         yield Problem("model.heads", str(size.heads), expected, nearest)
-    if spec.data.seq_len > size.positions:
-        expected = f"expected at most model.positions ({size.positions})"
-        nearest = f"use {size.positions}, or model.positions {spec.data.seq_len}"
+
+
+def _context(spec: Spec) -> Iterator[Problem]:
+    if spec.model.preset is None:
+        return
+    positions = dimensions(spec).positions
+    if spec.data.seq_len > positions:
+        expected = f"expected at most model.positions ({positions})"
+        nearest = f"use {positions}, or model.positions {spec.data.seq_len}"
         yield Problem("data.seq_len", str(spec.data.seq_len), expected, nearest)
 
 

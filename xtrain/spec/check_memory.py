@@ -18,7 +18,6 @@ def memory_problems(spec: Spec) -> Iterator[Problem]:
     if not isinstance(spec.memory, MemorySection):
         return
     yield from _checkpointing(spec.memory.checkpointing)
-    yield from _group_size(spec, spec.memory.checkpointing)
     yield from _drives(spec.memory.offload)
     if spec.memory.offload.parameters.enabled and spec.memory.sharding != "parameters":
         found = f"{spec.memory.offload.parameters.device} with sharding {spec.memory.sharding}"
@@ -39,10 +38,11 @@ def _checkpointing(chosen: Checkpointing) -> Iterator[Problem]:
         yield Problem(f"{path}.selective", found, "expected exactly one of ratio, ops", nearest)
 
 
-def _group_size(spec: Spec, chosen: Checkpointing) -> Iterator[Problem]:
-    if spec.model.preset is None:
+def group_problems(spec: Spec) -> Iterator[Problem]:
+    """Groups of recomputed blocks against the layers of a preset."""
+    if spec.model.preset is None or not isinstance(spec.memory, MemorySection):
         return
-    layers = dimensions(spec).layers
+    layers, chosen = dimensions(spec).layers, spec.memory.checkpointing
     for key, value in (("every", chosen.every), ("number", chosen.number)):
         if value is not None and value > layers:
             expected = f"expected at most the {layers} layers of the model"

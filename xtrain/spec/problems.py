@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
@@ -13,9 +13,12 @@ from xtrain.contract import JSON, Problem
 from xtrain.spec.reader import as_scalar
 from xtrain.spec.schema import Schema, all_keys, alternatives, at, choices, describe, join_or, section_name
 from xtrain.spec.schema import sections as sections_of
+from xtrain.spec.tree import LARGEST, Spec
 
 Path: TypeAlias = tuple[str, ...]
 
+UNKNOWN = "extra_forbidden"
+"""pydantic's name for a key that is not known."""
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "batch_size": "batch.micro",
@@ -46,21 +49,44 @@ MEANS_TRUE, MEANS_FALSE = {"yes", "on", "y"}, {"no", "off", "n"}
 SHOWN_CHARACTERS = 60
 
 
-def translate(error: ValidationError, data: JSON) -> list[Problem]:
-    """One problem for each key that is wrong in `data`, the plain data that was validated."""
-    kinds: dict[Path, str] = {}
-    for one in error.errors(include_url=False, include_context=False, include_input=False):
-        kinds.setdefault(_path_in(one["loc"], data, one["type"]), one["type"])
-    meant = {_meant(path, data) for path, kind in kinds.items() if kind == "extra_forbidden"}
-    # a section that fits none of its forms is told by the keys that are wrong in it, a mistyped key once
-    hidden = {path for path in kinds if any(_below(other, path) for other in kinds)} | meant
-    return [_problem(path, kind, data) for path, kind in kinds.items() if path not in hidden]
+def find_faults(data: JSON) -> dict[Path, str]:
+    """Each key that is wrong in `data`, with pydantic's name for the kind of fault."""
+    try:
+        Spec.model_validate(data)
+    except ValidationError as error:
+        return _faults(error, data)
+    return {}
+
+
+def translate(faults: Mapping[Path, str], data: JSON) -> list[Problem]:
+    """One problem for each of the faults of `data`."""
+    return [_problem(path, kind, data) for path, kind in faults.items()]
+
+
+def could_mean(path: Path, data: JSON) -> list[str]:
+    """The keys, dotted, that an unknown key may have been meant to be; empty where it is like none."""
+    key = path[-1]
+    if key in OTHER_NAMES:
+        return [OTHER_NAMES[key]]
+    if meant := _meant(path, data):
+        return [".".join(meant)]
+    return [other for other in all_keys() if other.rpartition(".")[2] == key]
 
 
 def shown(value: object) -> str:
     """A value for a message: text in quotes, the rest as in YAML, cut short."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]} ..."
+
+
+def _faults(error: ValidationError, data: JSON) -> dict[Path, str]:
+    kinds: dict[Path, str] = {}
+    for one in error.errors(include_url=False, include_context=False, include_input=False):
+        kinds.setdefault(_path_in(one["loc"], data, one["type"]), one["type"])
+    meant = {_meant(path, data) for path, kind in kinds.items() if kind == UNKNOWN}
+    # a section that fits none of its forms is told by the keys that are wrong in it, a mistyped key once
+    hidden = {path for path in kinds if any(_below(other, path) for other in kinds)} | meant
+    return {path: kind for path, kind in kinds.items() if path not in hidden}
 
 
 def _path_in(loc: Sequence[str | int], data: JSON, kind: str) -> Path:
@@ -84,7 +110,7 @@ def _below(path: Path, above: Path) -> bool:
 
 def _problem(path: Path, kind: str, data: JSON) -> Problem:
     key = ".".join(path)
-    if kind == "extra_forbidden":
+    if kind == UNKNOWN:
         return Problem(key, "", "unknown key", _nearest_key(path, data))
     schema = at(path, data) or {}
     if kind == "missing" and not _is_there(path, data):
@@ -128,13 +154,9 @@ def _nearest_key(path: Path, data: JSON) -> str:
         return f"it belongs to {'.'.join(parents)} {join_or(forms)}"
     if key in DERIVED:
         return "it follows from batch.global, batch.micro and the number of processes"
-    if key in OTHER_NAMES:
-        return f"did you mean '{OTHER_NAMES[key]}'?"
-    if meant := _meant(path, data):
-        return f"did you mean {meant[-1]!r}?"
-    elsewhere = [other for other in all_keys() if other.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"did you mean {join_or([repr(other) for other in elsewhere])}?"
+    if meant := could_mean(path, data):
+        here = "".join(f"{parent}." for parent in parents)
+        return f"did you mean {join_or([repr(other.removeprefix(here)) for other in meant])}?"
     return f"known here: {', '.join(_keys_of(parents, data))}"
 
 
@@ -155,7 +177,8 @@ def _keys_of(path: Sequence[str], data: JSON) -> list[str]:
 def _nearest_value(value: JSON, schema: Schema, words: Sequence[str]) -> str:
     """Advice for a value of the wrong kind; empty where `expected` says it all."""
     kinds = {one.get("type") for one in alternatives(schema)}
-    return next(_advice(value, words or choices(schema), kinds), "")
+    advice = next(_advice(value, words or choices(schema), kinds), "")
+    return advice or ("leave it out" if value is None and "default" in schema else "")
 
 
 def _advice(value: JSON, words: Sequence[str], kinds: set[Any]) -> Iterator[str]:
@@ -173,6 +196,8 @@ def _advice(value: JSON, words: Sequence[str], kinds: set[Any]) -> Iterator[str]
             yield "remove the quotes"
     if isinstance(value, float) and "integer" in kinds and value.is_integer() and value > 0:
         yield f"write {int(value)}"
+    if isinstance(value, int) and "integer" in kinds and value > LARGEST:
+        yield "keep it below 2^63"
     no = value is None or value is False or (means_yes_or_no and value in MEANS_FALSE)
     if no and "none" in words:
         yield "did you mean 'none'?"

@@ -28,6 +28,8 @@ WORDS = {"null": None, "~": None, "": None, "true": True, "false": False}
 NULL = re.compile(r"~|null|Null|NULL|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,30}(_[0-9]{1,30}){0,10})")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""NUL and lone surrogates can be written in YAML as escapes, but no path and no UTF-8 has them."""
 FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
@@ -172,9 +174,12 @@ class _Loader(yaml.SafeLoader):
         if self.depth > MAX_DEPTH:
             raise Unreadable(f"nested more than {MAX_DEPTH} deep", mark=_mark(event.start_mark))
         try:
-            return super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
         finally:
             self.depth -= 1
+        if node is not None and (tag := getattr(event, "tag", None)):
+            node.tag = tag.replace(TAG, "!!")  # in this form no tag that was written passes for a plain one
+        return node
 
 
 def _add_resolver(name: str, pattern: re.Pattern[str], first: Sequence[str] | None) -> None:
@@ -196,35 +201,44 @@ class _Builder:
 
     def build(self, node: Node | None) -> Document:
         if node is not None:
-            self.document.data = self._value(node, "", 0)
+            self.document.data = self._value(node, "", ())
         return self.document
 
-    def _value(self, node: Node, path: str, depth: int) -> Any:
+    def _value(self, node: Node, path: str, above: tuple[Node, ...]) -> Any:
+        """`above` are the nodes that this one is in, outermost first."""
         mark = Mark(node.start_mark.line + 1, node.start_mark.column + 1)
         self.nodes += 1
-        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
+        if any(node is one for one in above):
+            raise Unreadable("this value refers to itself", nearest="write it out", mark=mark)
+        if self.nodes > MAX_NODES:
             raise Unreadable(
                 f"aliases expand to more than {MAX_NODES:,} values", nearest="write the values out", mark=mark
             )
+        if len(above) > MAX_DEPTH:
+            raise Unreadable(f"nested more than {MAX_DEPTH} deep", mark=mark)
         self.document.values[path] = mark
         if isinstance(node, MappingNode) and node.tag == f"{TAG}map":
-            return self._mapping(node, path, depth)
+            return self._mapping(node, path, (*above, node))
         if isinstance(node, SequenceNode) and node.tag == f"{TAG}seq":
-            return [self._value(one, _join(path, str(i)), depth + 1) for i, one in enumerate(node.value)]
+            within = (*above, node)
+            return [self._value(one, _join(path, str(i)), within) for i, one in enumerate(node.value)]
         if isinstance(node, ScalarNode):
             return self._scalar(node, path, mark)
         return self._problem(path, mark, _tag(node), "expected plain YAML", "remove the tag")
 
-    def _mapping(self, node: MappingNode, path: str, depth: int) -> dict[str, Any]:
+    def _mapping(self, node: MappingNode, path: str, above: tuple[Node, ...]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             mark = Mark(key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-            if not isinstance(key_node, ScalarNode) or key_node.tag != f"{TAG}str":
-                shown = key_node.value if isinstance(key_node, ScalarNode) else "a list or a mapping"
+            key = key_node.value
+            if key_node.tag.startswith("!"):
+                self._problem(path, mark, _tag(key_node), "expected plain YAML", "remove the tag")
+                continue
+            if not isinstance(key, str) or key_node.tag != f"{TAG}str" or not key.isprintable():
+                shown = key if isinstance(key, str) else "a list or a mapping"
                 self._problem(path, mark, f"{shown} as a key", "expected a word")
                 continue
-            key = key_node.value
             below = _join(path, key)
             if key == "<<":
                 self._problem(path, mark, "the merge key <<", "expected plain keys", "write the keys out")
@@ -235,13 +249,17 @@ class _Builder:
             else:
                 lines[key] = mark.line
                 self.document.keys[below] = mark
-                found[key] = self._value(value_node, below, depth + 1)
+                found[key] = self._value(value_node, below, above)
         return found
 
     def _scalar(self, node: ScalarNode, path: str, mark: Mark) -> Any:
         text, kind = node.value, node.tag.removeprefix(TAG)
         try:
             match kind:
+                case "str" if NO_TEXT.search(text):
+                    return self._problem(
+                        path, mark, repr(text)[:60], "expected text without NUL or lone surrogates"
+                    )
                 case "str":
                     return text
                 case "null" | "bool":

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
-from xtrain.spec.tree import Spec
+from xtrain.spec.tree import LARGEST, Spec
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -123,7 +123,11 @@ def _kind(schema: Schema) -> str:
 
 
 def _bounds(schema: Schema) -> str:
-    limits = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
+    limits = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in BOUNDS.items()
+        if key in schema and schema[key] != LARGEST  # said only to who goes beyond
+    ]
     return f" {' and '.join(limits)}" if limits else ""
 
 

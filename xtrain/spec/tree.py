@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
-Natural: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+LARGEST = 2**63 - 1
+"""Of whole numbers: what the libraries below can count to."""
+Count: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Natural: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
@@ -174,7 +176,9 @@ class Precision(Section):
         "fp32", description="of the weights outside the optimizer; fp16 with dtype fp16"
     )
     loss_scale: NonNegative = Field(0.0, description="fixed loss scale; 0 for a dynamic one (fp16)")
-    initial_scale_power: Natural = Field(16, description="the dynamic scale starts at 2 to this power")
+    initial_scale_power: Annotated[int, Field(ge=0, le=127, strict=True)] = Field(
+        16, description="the dynamic scale starts at 2 to this power"
+    )
     loss_scale_window: Count = Field(1000, description="updates without overflow before the scale doubles")
     hysteresis: Count = Field(2, description="overflows before the scale halves")
     min_loss_scale: Positive = Field(1.0, description="the dynamic scale's floor")

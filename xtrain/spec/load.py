@@ -1,0 +1,120 @@
+"""From a file and its overrides to a spec, or to every problem of it with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+from xtrain.contract import Backend, Problem
+from xtrain.errors import SpecError
+from xtrain.spec.check import check_spec
+from xtrain.spec.overrides import Overrides
+from xtrain.spec.problems import find_faults, translate
+from xtrain.spec.reader import Document, Unreadable, read_file
+from xtrain.spec.sound import sound_part
+from xtrain.spec.tree import Spec
+
+
+def load_spec(
+    path: Path, overrides: Sequence[str] = (), world: int | None = None, backend: Backend | None = None
+) -> Spec:
+    """Read, validate and check the spec at `path`, with each of `overrides` ("train.steps=20") applied.
+
+    `world` is the number of processes where it is not launch.processes; `backend` is asked too where it is
+    given. SpecError has every problem.
+    """
+    document = _read(path)
+    spec, problems = _examine(document, overrides, world, backend)
+    if problems:
+        blamed = _blame(problems, document, overrides, world, backend)
+        source = f"{path}, on backend {backend.name}," if backend else str(path)
+        raise SpecError(source, sorted(blamed, key=_order))
+    return spec
+
+
+def locate(
+    problems: Sequence[Problem], path: Path, overrides: Sequence[str] = (), world: int | None = None
+) -> list[Problem]:
+    """Problems that someone else found in the spec at `path`, each with its place."""
+    document, changes = _read(path), Overrides()
+    changes.apply(deepcopy(document.data), overrides)
+    return sorted((_placed(problem, document, changes, world) for problem in problems), key=_order)
+
+
+def _read(path: Path) -> Document:
+    try:
+        return read_file(path)
+    except Unreadable as error:
+        raise SpecError(str(path), [error.problem]) from error
+
+
+def _examine(
+    document: Document, overrides: Sequence[str], world: int | None, backend: Backend | None
+) -> tuple[Spec, list[Problem]]:
+    """The spec, of which only what is sound is as given, and its problems: one for each key."""
+    data, changes = deepcopy(document.data), Overrides()
+    changes.apply(data, overrides)
+    found = [*document.problems, *changes.problems]
+    faults = find_faults(data)
+    spec, unsound = sound_part(data, faults, [problem.path for problem in found])
+    for later in (
+        translate(faults, data),
+        check_spec(spec, world, unsound),
+        _asked(backend, spec, world, unsound),
+    ):
+        told = {problem.path for problem in found}
+        found += [_placed(problem, document, changes, world) for problem in later if problem.path not in told]
+    return spec, found
+
+
+def _asked(
+    backend: Backend | None, spec: Spec, world: int | None, unsound: Collection[str]
+) -> Iterator[Problem]:
+    """What the backend cannot honour, of the sections that are as given."""
+    if backend is not None:
+        found = backend.problems(spec, world or spec.launch.processes)
+        yield from (problem for problem in found if problem.path.partition(".")[0] not in unsound)
+
+
+def _blame(
+    problems: Sequence[Problem],
+    document: Document,
+    overrides: Sequence[str],
+    world: int | None,
+    backend: Backend | None,
+) -> list[Problem]:
+    """The problems; those that would not be there without an override name it instead of a line."""
+    causes: dict[Problem, list[str]] = {problem: [] for problem in problems if not problem.origin}
+    for override in overrides:
+        others = [other for other in overrides if other != override]
+        there_anyway = _examine(document, others, world, backend)[1]
+        for problem in causes:
+            if problem not in there_anyway:
+                causes[problem].append(f"--set {override}")
+    return [
+        replace(problem, origin=" ".join(causes[problem]), line=None, column=None)
+        if causes.get(problem)
+        else problem
+        for problem in problems
+    ]
+
+
+def _placed(problem: Problem, document: Document, changes: Overrides, world: int | None) -> Problem:
+    """The problem with its place: the override that it comes from, or line and column."""
+    if problem.path == "launch.processes" and world is not None:
+        return problem  # the number was asked for elsewhere
+    if origin := changes.origin(problem.path):
+        return replace(problem, origin=origin)
+    places = document.values if problem.found else document.keys
+    key = problem.path
+    while key and key not in places:
+        key, places = key.rpartition(".")[0], document.keys
+    mark = places.get(key)
+    return replace(problem, line=mark.line, column=mark.column) if mark is not None else problem
+
+
+def _order(problem: Problem) -> tuple[bool, int, int, str]:
+    """As the file reads; what has no place in it comes last."""
+    return problem.line is None, problem.line or 0, problem.column or 0, problem.path
