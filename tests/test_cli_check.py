@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 
 from xtrain import __version__, registry
 from xtrain.cli import main
+from xtrain.contract import Problem
+from xtrain.spec import locate
 
 GOOD = """\
 model: {preset: gpt2-nano}
@@ -43,8 +45,19 @@ def empty(tmp_path: Path) -> Path:
 def test_good_spec_is_said_to_be_ok_on_standard_output(good: Path) -> None:
     result = xtrain("check", good)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"{good}: ok")
-    assert result.stdout.count("\n") == 1
+    assert result.stdout == (
+        f"{good}: ok: gpt2-nano on stdlib; 200 updates of 16 sequences x 128 tokens; "
+        "8 at a time on 1 process; adamw, lr 0.001, cosine; fp32\n"
+    )
+
+
+def test_summary_of_a_good_spec_says_what_was_asked_for(good: Path) -> None:
+    words = ["--world", 2, "--set", "precision=bf16", "--set", "optimizer={name: sgd, lr: 0.5}"]
+    result = xtrain("check", good, "--backend", "deepspeed", *words, "--set", "schedule=constant")
+    assert result.stdout == (
+        f"{good}: ok on deepspeed: gpt2-nano on stdlib; 200 updates of 16 sequences x 128 tokens; "
+        "8 at a time on 2 processes; sgd, lr 0.5, constant; bf16 with fp32 weights\n"
+    )
 
 
 def test_bad_spec_is_an_error_on_standard_error_and_exit_code_2(empty: Path) -> None:
@@ -79,6 +92,37 @@ def test_named_backend_is_asked_with_the_given_number_of_processes(good: Path) -
     result = xtrain("check", good, "--backend", "null", "--world", 2)
     assert result.exit_code == 2
     assert "launch.processes: found 2, backend null is always one process; use --nproc 1" in result.stderr
+
+
+def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(good: Path) -> None:
+    good.write_text(f"{GOOD}memory: auto\nprecision: fp8\nlaunch:\n  processes: 2\n")
+    result = xtrain("check", good, "--backend", "cpu", "--set", "train.compile=true")
+    assert result.stderr == (
+        f"error: {good}, on backend cpu, has 4 problems\n"
+        "  6:9: memory: found auto, not built on this backend yet; leave the section out\n"
+        "  7:12: precision: found 'fp8', expected fp32, bf16, fp16 or a section with dtype, weights, "
+        "loss_scale, initial_scale_power, ...\n"
+        "  9:14: launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
+        "deepspeed for 2 processes\n"
+        "  --set train.compile=true: train.compile: found true, not built on this backend yet; use false\n"
+    )
+
+
+def test_number_of_processes_that_is_not_the_files_has_no_place_in_it(good: Path) -> None:
+    good.write_text(f"{GOOD}launch: {{processes: 1}}\n")
+    (checked,) = json.loads(xtrain("check", "--json", good, "--backend", "null", "--world", 2).stdout)
+    (problem,) = checked["problems"]
+    assert (problem["path"], problem["found"], problem["line"]) == ("launch.processes", "2", None)
+
+
+def test_backends_problems_elsewhere_are_located_in_the_file(good: Path) -> None:
+    good.write_text(f"{GOOD}memory: auto\n")
+    given = [Problem("memory", "auto", "no"), Problem("train.seed", "1", "no"), Problem("zzz", "", "no")]
+    assert [str(problem) for problem in locate(given, good, ["train.seed=1"])] == [
+        "6:9: memory: found auto, no",
+        "--set train.seed=1: train.seed: found 1, no",
+        "zzz: no",
+    ]
 
 
 def test_unknown_backend_is_refused_with_those_there_are(good: Path) -> None:

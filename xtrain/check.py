@@ -9,7 +9,8 @@ from pathlib import Path
 from xtrain import registry
 from xtrain.contract import JSON, Problem
 from xtrain.errors import SpecError
-from xtrain.spec import load_spec
+from xtrain.printable import printable
+from xtrain.spec import Spec, load_spec
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Checked:
     message: str
 
     def __str__(self) -> str:
-        return f"error: {self.message}" if self.problems else f"{self.path}: ok{self.message}"
+        return f"error: {self.message}" if self.problems else f"{printable(str(self.path))}: {self.message}"
 
     def as_json(self) -> dict[str, JSON]:
         return {"spec": str(self.path), "problems": [asdict(problem) for problem in self.problems]}
@@ -29,12 +30,24 @@ class Checked:
 
 def check_file(path: Path, overrides: Sequence[str], backend: str | None, world: int | None) -> Checked:
     """Read and check one spec; with `backend` also ask that backend, with `world` processes."""
+    asked = registry.load(backend) if backend is not None else None
     try:
-        spec = load_spec(path, overrides, world=world)
-        if backend is not None:
-            found = registry.load(backend).problems(spec, world or spec.launch.processes)
-            if found:
-                raise SpecError(f"{path}, on backend {backend},", found)
+        spec = load_spec(path, overrides, world, asked)
     except SpecError as error:
         return Checked(path, error.problems, str(error))
-    return Checked(path, (), f" on {backend}" if backend else "")
+    on = f" on {backend}" if backend else ""
+    return Checked(path, (), f"ok{on}: {summary(spec, world or spec.launch.processes)}")
+
+
+def summary(spec: Spec, world: int) -> str:
+    """What `spec` trains, on one line."""
+    model = spec.model.preset or spec.model.factory or spec.model.hf or ""
+    dtype, weights = spec.precision.dtype, spec.precision.weights
+    parts = (
+        f"{model} on {spec.data.source}",
+        f"{spec.train.steps:,} updates of {spec.batch.global_:,} sequences x {spec.data.seq_len:,} tokens",
+        f"{spec.micro_batch:,} at a time on {world} process{'es' if world > 1 else ''}",
+        f"{spec.optimizer.name}, lr {spec.optimizer.lr:g}, {spec.schedule.name}",
+        dtype if dtype == weights == "fp32" else f"{dtype} with {weights} weights",
+    )
+    return printable("; ".join(parts))
