@@ -18,10 +18,10 @@ from xtrain.record import (
     RecordError,
     RunRecord,
     Totals,
-    complete_spec,
     load_record,
     write_record,
 )
+from xtrain.spec import dump_spec
 from xtrain.spec.tree import Spec
 
 
@@ -171,7 +171,7 @@ def test_the_spec_is_recorded_whole_under_the_names_of_its_file() -> None:
             "optimizer": {"lr": 1e-3},
         }
     )
-    recorded: Any = complete_spec(spec)
+    recorded: Any = dump_spec(spec)
     assert recorded["batch"] == {"global": 8, "micro": None}
     assert recorded["model"]["args"] == {"cap": None}
     assert recorded["schedule"]["name"] == "cosine"

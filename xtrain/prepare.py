@@ -11,10 +11,10 @@ from pathlib import Path
 from xtrain.contract import Resolved
 from xtrain.errors import RequestError
 from xtrain.metrics import MetricsLog
-from xtrain.record import complete_spec
 from xtrain.request import Request
 from xtrain.resume import Start
 from xtrain.rundir import RunDirectory, write_json, write_text
+from xtrain.spec import dump_spec
 
 RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
 """Tells workers which directory their launcher made for them."""
@@ -29,7 +29,7 @@ def fill(directory: RunDirectory, request: Request, resolved: Resolved, begin: S
             "backend": resolved.backend,
             "world": resolved.world,
             "overrides": list(request.overrides),
-            "spec": complete_spec(resolved.spec),
+            "spec": dump_spec(resolved.spec),
             "settings": resolved.settings,
             "notes": list(resolved.notes),
         },

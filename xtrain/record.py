@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -19,9 +19,6 @@ from xtrain.errors import RequestError
 from xtrain.metrics import Natural, StepRecord
 from xtrain.rundir import write_json
 from xtrain.speed import Speed, TimeSplit
-
-if TYPE_CHECKING:
-    from xtrain.spec.tree import Spec
 
 SCHEMA_VERSION: Final = 1
 LARGEST_RECORD_BYTES = 64 << 20
@@ -184,13 +181,6 @@ class RunRecord(Part):
     """By rank."""
     predicted: JsonObject | None = None
     """What the planner said before the run."""
-
-
-def complete_spec(spec: Spec) -> dict[str, JsonValue]:
-    """Every key of `spec` under the name it has in a file, defaults included."""
-    # Through text, so that what people put under `args` (dates, infinities) becomes plain JSON.
-    complete: dict[str, JsonValue] = json.loads(spec.model_dump_json(by_alias=True))
-    return complete
 
 
 def write_record(path: Path, record: RunRecord) -> None:

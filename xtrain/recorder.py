@@ -19,9 +19,9 @@ from xtrain.record import (
     RunRecord,
     Status,
     Totals,
-    complete_spec,
 )
 from xtrain.rundir import RunDirectory
+from xtrain.spec import dump_spec
 from xtrain.speed import measure_speed, split_time
 from xtrain.trackers import Trackers
 
@@ -110,7 +110,7 @@ def make_record(
         failure=failure,
         backend=facts.resolved.backend,
         world=facts.resolved.world,
-        spec=complete_spec(facts.resolved.spec),
+        spec=dump_spec(facts.resolved.spec),
         settings=dict(facts.resolved.settings),  # type: ignore[arg-type]
         notes=list(facts.resolved.notes),
         environment=dict(environment()),  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from xtrain.checkpoints.format import Checkpoint, CheckpointError, State
 from xtrain.checkpoints.manager import latest
 from xtrain.errors import RequestError
-from xtrain.record import complete_spec
+from xtrain.spec import dump_spec
 from xtrain.spec.keys import covering, printed
 from xtrain.spec.tree import Spec
 
@@ -60,7 +60,7 @@ def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: b
         )
     changed = [
         f"{key}: {printed(old)} there, {printed(new)} here"
-        for key, old, new in differences(state.spec, complete_spec(spec))
+        for key, old, new in differences(state.spec, dump_spec(spec))
         if covering(key, MAY_CHANGE) is None
     ]
     if changed and not allow_changed:

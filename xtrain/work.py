@@ -19,13 +19,14 @@ from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
 from xtrain.prepare import discarded_on_refusal, fill, open_directory
 from xtrain.progress import Progress
-from xtrain.record import Status, complete_spec, write_record
+from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
 from xtrain.request import Request
 from xtrain.resume import Start, find_start
 from xtrain.rundir import RunDirectory
 from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
+from xtrain.spec import dump_spec
 from xtrain.spec.tree import Spec
 from xtrain.summary import format_bytes, render_summary
 from xtrain.trackers import open_trackers
@@ -110,7 +111,7 @@ class Run:
         spec = self.facts.resolved.spec
         progress = Progress(last, self.begin.step, enabled=True, every=spec.log.every_steps)
         trackers = open_trackers(
-            spec.log.trackers, self.directory.path, complete_spec(spec), progress.say, self.begin.step + 1
+            spec.log.trackers, self.directory.path, dump_spec(spec), progress.say, self.begin.step + 1
         )
         return Recorder(self.directory, progress, trackers)
 

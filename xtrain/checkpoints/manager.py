@@ -20,7 +20,7 @@ from xtrain.contract import Engine, Resolved
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.machine import RECORDED_PACKAGES, package_version
-from xtrain.record import complete_spec
+from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
 
 
@@ -64,7 +64,7 @@ class Checkpointer:
             guards=self.guards.state() if self.guards else None,  # type: ignore[arg-type]
             extras=extras,  # type: ignore[arg-type]
             data_hash=self.data_hash,
-            spec=complete_spec(self.resolved.spec),
+            spec=dump_spec(self.resolved.spec),
             versions={name: package_version(name) for name in RECORDED_PACKAGES},
         )
         self._write(self.folder, state, tensors)
