@@ -40,12 +40,18 @@ class Guards:
             self._losses.append(loss)
         return not reason
 
-    def check(self) -> None:
-        """Raise RunFailed after `stop_after` skips in a row."""
+    @property
+    def exhausted(self) -> bool:
+        """Whether `stop_after` steps in a row were skipped."""
         limit = self._section.stop_after
-        if limit is not None and self.skips_in_a_row >= limit:
+        return limit is not None and self.skips_in_a_row >= limit
+
+    def check(self) -> None:
+        """Raise RunFailed when exhausted."""
+        if self.exhausted:
             raise RunFailed(
-                f"{self.skips_in_a_row} steps in a row were skipped (stability.stop_after is {limit}); "
+                f"{self.skips_in_a_row} steps in a row were skipped "
+                f"(stability.stop_after is {self._section.stop_after}); "
                 f"the last because {self.last_reason}. Lower optimizer.lr or lengthen schedule.warmup, and "
                 "go on from a checkpoint before it began"
             )
@@ -91,10 +97,12 @@ class OverflowWatch:
     def check(self, values: StepValues) -> None:
         """Take in one step; raises RunFailed at the FLOOR_OVERFLOWS-th overflow in a row at the floor."""
         at_floor = values.loss_scale is not None and values.loss_scale <= self._floor
-        self._in_a_row = self._in_a_row + 1 if values.skipped and at_floor else 0
+        # A guard skips a finite norm; that is not for the scale to answer.
+        overflow = values.skipped and not (values.grad_norm is not None and math.isfinite(values.grad_norm))
+        self._in_a_row = self._in_a_row + 1 if overflow and at_floor else 0
         if self._in_a_row >= FLOOR_OVERFLOWS:
             raise RunFailed(
                 f"fp16 gradients overflowed in {self._in_a_row} steps in a row although the loss scale is at "
-                f"its floor ({self._floor:g}): the training diverges, or the model needs more range than fp16 "
-                "has. Use precision: bf16, or lower optimizer.lr"
+                f"its floor ({self._floor:g}): the training diverges, or the model needs more range than "
+                "fp16 has. Use precision: bf16, or lower optimizer.lr"
             )

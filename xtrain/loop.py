@@ -70,17 +70,26 @@ class Loop:
             self._step(done, window, trace)
             done += 1
             stopping = self.engine.any(self.asked_to_stop())
-            ending = stopping or done == stop
-            saving = self.checkpointer is not None and (ending or self.checkpointer.due(done))
-            evaluating = self.eval_every > 0 and (done % self.eval_every == 0 or done == stop)
+            ending = stopping or done == stop or (self.guards is not None and self.guards.exhausted)
             settling = done - start <= WARMUP_STEPS
-            if traced or saving or evaluating or ending or settling or done % self.window_steps == 0:
+            full = traced or ending or settling or done % self.window_steps == 0
+            saving = ending or self._due(done, full)
+            evaluating = self.eval_every > 0 and (done % self.eval_every == 0 or done == stop)
+            if full or saving or evaluating:
                 self._close(window, trace if isinstance(trace, SampledTrace) else None, evaluating)
-            if saving and self.checkpointer is not None:
-                self.checkpointer.save(self.engine, done)
+            if self.guards:
+                self.guards.check()
+            if self.checkpointer is not None and (saving or self.checkpointer.is_best(done)):
+                self.checkpointer.save(self.engine, done, last=ending)
             if stopping:
                 break
         return done
+
+    def _due(self, done: int, window_is_full: bool) -> bool:
+        if self.checkpointer is None:
+            return False
+        overdue = window_is_full and self.checkpointer.overdue(self.engine)
+        return overdue or self.checkpointer.due(done)
 
     def _step(self, step: int, window: Window, trace: Trace) -> None:
         started = perf_counter()
@@ -90,8 +99,6 @@ class Loop:
         lr = self.learning_rate(step)
         accept = self.guards.accept if self.guards else None
         result = self.engine.train_step(StepInput(step, micro_batches, lr, target_tokens), accept, trace)
-        if self.guards:
-            self.guards.check()
         window.results.append(result)
         window.learning_rates.append(lr)
         window.seconds.append(perf_counter() - started)
@@ -124,6 +131,8 @@ class Loop:
         records[-1] = replace(records[-1], **self._at_window_end(trace, evaluating))
         for record in records:
             self.observer.saw(record)
+        if self.checkpointer:
+            self.checkpointer.evaluated(records[-1].step, records[-1].eval_loss)
         if trace and trace.peak_live_bytes is not None:
             self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
         if self.overflows:

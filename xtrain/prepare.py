@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from xtrain.checkpoints.manager import set_aside_after
 from xtrain.contract import Resolved
 from xtrain.errors import RequestError
-from xtrain.metrics import MetricsLog
+from xtrain.metrics import MetricsError, MetricsLog
 from xtrain.request import Request
 from xtrain.resume import Start
 from xtrain.rundir import RunDirectory, write_json, write_text
@@ -22,6 +23,8 @@ RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
 
 def fill(directory: RunDirectory, request: Request, resolved: Resolved, begin: Start) -> None:
     """Write down what is known before the first step. The directory must be locked."""
+    if request.resume:
+        _go_on(directory, _run_of(request.resume), begin.step)
     write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
     write_json(
         directory.resolved,
@@ -36,9 +39,6 @@ def fill(directory: RunDirectory, request: Request, resolved: Resolved, begin: S
     )
     for name, content in resolved.files.items():
         write_json(directory.path / name, content)
-    if request.resume and request.out:
-        shutil.copy(RunDirectory.open(_run_of(request.resume)).metrics, directory.metrics)
-    MetricsLog(directory.metrics).truncate_after(begin.step)
 
 
 def open_directory(request: Request) -> RunDirectory:
@@ -48,6 +48,26 @@ def open_directory(request: Request) -> RunDirectory:
     if request.resume and not request.out:
         return RunDirectory.open(_run_of(request.resume))
     return RunDirectory.create(request.out, request.spec_path.stem)
+
+
+def is_new(directory: RunDirectory, request: Request) -> bool:
+    """Whether it was made for this request, and goes when the request is refused."""
+    return request.resume is None or directory.path.resolve() != _run_of(request.resume).resolve()
+
+
+def _go_on(directory: RunDirectory, before: Path, step: int) -> None:
+    """Leave of the run so far, which may be in another directory, what led up to `step`."""
+    log = MetricsLog(directory.metrics)
+    if directory.path.resolve() == before.resolve():
+        log.truncate_after(step)
+        set_aside_after(directory.checkpoints, step)
+        return
+    with suppress(FileNotFoundError):
+        shutil.copy(before / directory.metrics.name, directory.metrics)
+    try:
+        log.truncate_after(step)
+    except MetricsError:  # lines are missing there: better none here than some
+        directory.metrics.unlink()
 
 
 def _run_of(resume: Path) -> Path:
@@ -62,5 +82,5 @@ def discarded_on_refusal(directory: RunDirectory | None) -> Iterator[None]:
         yield
     except RequestError:
         if directory is not None:
-            shutil.rmtree(directory.path)
+            shutil.rmtree(directory.path, ignore_errors=True)
         raise

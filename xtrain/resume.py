@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from xtrain.checkpoints.format import Checkpoint, CheckpointError, State
+from xtrain.checkpoints.format import Checkpoint, CheckpointError, State, complete_checkpoints
 from xtrain.checkpoints.manager import latest
 from xtrain.errors import RequestError
 from xtrain.spec import dump_spec
@@ -46,23 +46,20 @@ class Start:
 def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: bool) -> Start:
     """The start that `--resume` asks for.
 
-    Raises CheckpointError when there is nothing to resume, RequestError when the checkpoint is of another
-    training: other data, or a key outside MAY_CHANGE that differs and was not insisted on.
+    Raises CheckpointError when there is nothing to resume or it is damaged, RequestError when it is of
+    another training: other data, or a key outside MAY_CHANGE that differs and was not insisted on.
     """
     checkpoint = latest(resume) if resume else None
     if checkpoint is None:
         return Start(None, None)
-    state = checkpoint.state()
-    if state.data_hash != data_hash:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on other data (hash {state.data_hash[:12]}, here "
-            f"{data_hash[:12]}); resume it where that data is, or start a new run"
-        )
+    state = _checked(checkpoint)
     changed = [
         f"{key}: {printed(old)} there, {printed(new)} here"
         for key, old, new in differences(state.spec, dump_spec(spec))
         if covering(key, MAY_CHANGE) is None
     ]
+    if state.data_hash != data_hash:
+        changed.append(f"the data itself: hash {state.data_hash[:12]} there, {data_hash[:12]} here")
     if changed and not allow_changed:
         listed = "\n  ".join(changed)
         raise RequestError(
@@ -70,6 +67,17 @@ def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: b
             f"  These may change: {', '.join(MAY_CHANGE)}. Use --allow-changed to insist"
         )
     return Start(checkpoint, state)
+
+
+def _checked(checkpoint: Checkpoint) -> State:
+    """Its state, both tensor files looked at too: nothing may be touched for one that cannot be read."""
+    try:
+        checkpoint.check_files()
+        return checkpoint.state()
+    except CheckpointError as error:
+        earlier = [c for c in complete_checkpoints(checkpoint.path.parent) if c.step < checkpoint.step]
+        hint = f"; the one before it: --resume {earlier[-1].path}" if earlier else ""
+        raise CheckpointError(f"{error}{hint}") from error
 
 
 def differences(

@@ -10,7 +10,7 @@ from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed
 from xtrain.job import join
 from xtrain.launch import start_workers
-from xtrain.prepare import RUN_DIRECTORY, open_directory
+from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory
 from xtrain.request import Request
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
@@ -51,8 +51,8 @@ def _launch(request: Request, backend: str, world: int) -> int:
     environ = {**os.environ, RUN_DIRECTORY: str(directory.path.absolute())}
     ended = start_workers(request.worker_arguments(backend, world), world, environ)
     began = directory.resolved.exists()
-    if not began:
-        shutil.rmtree(directory.path)
+    if not began and is_new(directory, request):
+        shutil.rmtree(directory.path, ignore_errors=True)
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED):
         return ended.code
     go_on = f"\ngo on with: {request.resume_command(directory.path)}" if began else ""

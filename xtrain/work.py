@@ -17,7 +17,7 @@ from xtrain.guards import Guards, OverflowWatch
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
-from xtrain.prepare import discarded_on_refusal, fill, open_directory
+from xtrain.prepare import discarded_on_refusal, fill, is_new, open_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
@@ -44,17 +44,20 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
     for note in resolved.notes:
         say(first, f"note: {note}")
     directory = open_directory(request) if first else None
+    guards = Guards(spec.stability) if spec.stability else None
     with directory.lock() if directory else nullcontext():
-        if directory:
-            fill(directory, request, resolved, begin)
         before = resident_bytes()
-        with discarded_on_refusal(None if request.resume else directory):
+        with discarded_on_refusal(directory if directory and is_new(directory, request) else None):
             engine = choice.backend.start(resolved, model, job)
+            if begin.checkpoint:
+                restore(engine, begin.checkpoint, guards, job.rank)
+            if directory:  # only now: a request that is refused has changed nothing
+                fill(directory, request, resolved, begin)
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
         try:
             with StopRequest(first) as stop:
                 facts = Facts(resolved, data, model, engine)
-                return Run(request, facts, directory, job.rank, begin, before, stop).train()
+                return Run(request, facts, directory, job.rank, begin, guards, before, stop).train()
         finally:
             engine.close()
 
@@ -69,6 +72,7 @@ class Run:
     """Rank 0 has it."""
     rank: int
     begin: Start
+    guards: Guards | None
     before: Counter
     stop: StopRequest
 
@@ -77,10 +81,10 @@ class Run:
         spec, engine = self.facts.resolved.spec, self.facts.engine
         last = min(self.request.stop_after or spec.train.steps, spec.train.steps)
         observer = self._observer(last)
-        guards = Guards(spec.stability) if spec.stability else None
         if self.begin.checkpoint:
-            restore(engine, self.begin.checkpoint, guards, self.rank)
             observer.say(f"resumed from {self.begin.checkpoint.path}, after step {self.begin.step}")
+            if self.begin.step >= last:
+                observer.say(f"nothing to do up to step {last}; set train.steps to go further")
         elif self.request.resume:
             observer.say(f"{self.request.resume} has no checkpoint yet: starting at step 0")
         loop = Loop(
@@ -90,9 +94,9 @@ class Run:
             observer,
             spec.log.every_steps,
             spec.train.eval_every,
-            guards,
+            self.guards,
             OverflowWatch(spec.precision),
-            self._checkpointer(guards, observer),
+            self._checkpointer(observer),
             lambda: self.stop.requested,
         )
         started = perf_counter()
@@ -115,16 +119,17 @@ class Run:
         )
         return Recorder(self.directory, progress, trackers)
 
-    def _checkpointer(self, guards: Guards | None, observer: Recorder | Silent) -> Checkpointer:
+    def _checkpointer(self, observer: Recorder | Silent) -> Checkpointer:
         return Checkpointer(
             self.facts.resolved.spec.checkpoint,
             self.facts.resolved,
             self.facts.data.content_hash,
-            guards,
+            self.guards,
             self.directory.checkpoints if self.directory else None,
             observer.say,
             observer.sync,
             last_step=self.begin.step or None,
+            best=self.begin.state.best if self.begin.state else None,
         )
 
     def _record(self, ended: Outcome, seconds: float, sampled_bytes: int | None) -> None:
@@ -136,7 +141,11 @@ class Run:
         record = make_record(
             self.facts, self.directory, ended.status, ended.failure, seconds, ranks, self.begin.step
         )
-        write_record(self.directory.record, record)
+        try:
+            write_record(self.directory.record, record)
+        except OSError as error:
+            also = f"{ended.failure}; and " if ended.failure else ""
+            raise RunFailed(f"{also}cannot write {self.directory.record}: {error.strerror}") from error
         print(render_summary(record, self.directory.path), flush=True)
 
     def _tell(self, ended: Outcome) -> int:

@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         scale = self.scaler.scale if self.scaler else None
         with trace.span("optimizer"):
             norm = self._update(step, loss_sum, accept)
-        skipped = self._vetoed or bool(getattr(self.engine.optimizer, "overflow", False))
+        skipped = self._vetoed or self._overflowed()
         return StepResult(step.step, step.target_tokens, loss_sum, norm, skipped, scale)
 
     def _update(self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None) -> torch.Tensor | float:
@@ -98,7 +98,12 @@ class DeepSpeedEngine:
         self.engine.step()
         if self.scaler:
             self.scaler.after_step()
+        elif self.optimizer.veto and self._overflowed():
+            self.optimizer.veto()  # DeepSpeed skipped it before asking; the guard counts it all the same
         return own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+
+    def _overflowed(self) -> bool:
+        return bool(getattr(self.engine.optimizer, "overflow", False))
 
     def _ask_once(
         self, accept: Accept, step: StepInput, loss_sum: torch.Tensor, own_norm: torch.Tensor | None

@@ -69,8 +69,9 @@ def require_fp16(device: torch.device) -> None:
         return
     if device.type != "cpu" or os.environ.get(EMULATED_FP16) != "1":
         raise RequestError(
-            "precision fp16 on deepspeed: this processor has no fp16 arithmetic (on a CPU avx512_fp16 or AMX); "
-            f"use precision: bf16, or set {EMULATED_FP16}=1 to have it computed slowly"
+            "precision fp16 on deepspeed: this processor has no fp16 arithmetic "
+            "(on a CPU avx512_fp16 or AMX); use precision: bf16, "
+            f"or set {EMULATED_FP16}=1 to have it computed slowly"
         )
     supported = [*accelerator.supported_dtypes(), torch.float16]
     accelerator.is_fp16_supported = lambda: True

@@ -14,7 +14,7 @@ EPSILON = 1e-6
 
 
 def clip_replicated(module: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """The global norm before clipping, a 0-dim tensor; scales the gradients in place where it is above max_norm."""
+    """The global norm before clipping, 0-dim; scales the gradients in place where it is above max_norm."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
     if max_norm is not None:

@@ -46,8 +46,12 @@ class Shards(ABC):
     def publish(self) -> None:
         """Make the model compute with the weights that were set."""
 
-    def link(self) -> None:
+    def link(self) -> None:  # noqa: B027 - most have nothing to do
         """Let parameters find their moments."""
+
+    def kept(self) -> tuple[str, ...]:
+        """The moments that this optimizer keeps; a stored state may be another's."""
+        return ("exp_avg", "exp_avg_sq") if "betas" in self.optimizer.defaults else ("momentum_buffer",)
 
     def moments(self) -> list[str]:
         """Which moments exist; none before the first update."""
@@ -179,12 +183,17 @@ def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iter
 @torch.no_grad()
 def import_state(shards: Shards, reader: StateReader) -> None:
     """Set weights, buffers and moments on every rank; ValueError names what does not fit."""
-    trained = {n: p for n, p in shards.engine.module.named_parameters() if p.requires_grad}
-    keys = [key for key, kind in MOMENTS.items() if any(reader.read(n, kind) is not None for n in trained)]
+    named = dict(shards.engine.module.named_parameters())
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    keys = [key for key in shards.kept() if any(reader.read(n, MOMENTS[key]) is not None for n in trained)]
     shards.make_moments(keys)
-    for name, parameter in trained.items():
+    for name, parameter in named.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        shards.set(parameter, _expect(reader, name, "weight", shape), None)
+        value = _expect(reader, name, "weight", shape)
+        if name not in trained:
+            _set_frozen(parameter, value)
+            continue
+        shards.set(parameter, value, None)
         for key in keys:
             shards.set(parameter, _expect(reader, name, MOMENTS[key], shape), key)
     for name, buffer in shards.engine.module.named_buffers():
@@ -208,6 +217,16 @@ def _frozen(parameter: nn.Parameter) -> torch.Tensor:
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def _set_frozen(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if not hasattr(parameter, "ds_shape"):
+        parameter.copy_(value)
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

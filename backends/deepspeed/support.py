@@ -35,7 +35,8 @@ def find_notes(spec: Spec) -> list[str]:
     notes = []
     if spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]:
         notes.append(
-            f"ZeRO stage 1 instead of 0: DeepSpeed trains wrongly at stage 0 with {spec.precision.weights} weights"
+            "ZeRO stage 1 instead of 0: "
+            f"DeepSpeed trains wrongly at stage 0 with {spec.precision.weights} weights"
         )
     if stage_of(spec) == 0:
         notes.append(

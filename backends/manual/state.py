@@ -41,12 +41,8 @@ def import_state(
     for name, parameter in model.named_parameters():
         updated = weights.updated.get(name, parameter)
         _set(updated, reader, name, "weight")
-        for key, kind in MOMENTS.items():
-            moment = reader.read(name, kind)
-            if moment is not None and parameter.requires_grad:
-                optimizer.state[updated][key] = moment.to(updated.device, updated.dtype).reshape(
-                    updated.shape
-                )
+        if parameter.requires_grad:
+            _set_moments(updated, optimizer, reader, name)
     for name, buffer in model.named_buffers():
         _set(buffer, reader, name, "buffer")
     weights.publish()
@@ -66,6 +62,19 @@ def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
             state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
 
 
+def _set_moments(
+    updated: torch.Tensor, optimizer: torch.optim.Optimizer, reader: StateReader, name: str
+) -> None:
+    """Those that this optimizer keeps: all, or none (then it begins anew), whatever else is stored."""
+    kept = ("exp_avg", "exp_avg_sq") if "betas" in optimizer.defaults else ("momentum_buffer",)
+    stored = {key: reader.read(name, MOMENTS[key]) for key in kept}
+    if all(moment is None for moment in stored.values()):
+        return
+    for key in kept:
+        optimizer.state[updated][key] = torch.empty_like(updated)
+        _set(optimizer.state[updated][key], reader, name, MOMENTS[key])
+
+
 def _set(tensor: torch.Tensor, reader: StateReader, name: str, kind: StateKind) -> None:
     stored = reader.read(name, kind)
     if stored is None:
@@ -76,5 +85,5 @@ def _set(tensor: torch.Tensor, reader: StateReader, name: str, kind: StateKind) 
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Where it is fp32 on the CPU already, the tensor itself: a save then needs no second copy of the state."""
+    """The tensor itself where it is fp32 on the CPU already: a save needs no second copy of the state."""
     return tensor.detach().to("cpu", torch.float32)

@@ -33,7 +33,8 @@ def find_notes(spec: Spec) -> list[str]:
     notes = []
     if spec.memory != "auto" and spec.memory.sharding in ("optimizer", "gradients"):
         notes.append(
-            f"memory.sharding: {spec.memory.sharding} does nothing here: one process has nothing to shard it over"
+            f"memory.sharding: {spec.memory.sharding} does nothing here: "
+            "one process has nothing to shard it over"
         )
     if spec.deepspeed is not None:
         notes.append("the deepspeed section is for another backend and is not used")

@@ -11,6 +11,7 @@ complete. Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -28,6 +29,9 @@ from xtrain.rundir import write_json
 
 if TYPE_CHECKING:
     import torch
+
+Tensors: TypeAlias = "Mapping[tuple[str, StateKind], torch.Tensor]"
+"""By name and kind."""
 
 FORMAT_VERSION = 1
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
@@ -50,9 +54,11 @@ class State(BaseModel):
     backend: str
     world: int = Field(ge=1)
     guards: dict[str, JsonValue] | None
-    extras: list[dict[str, JsonValue]]
+    extras: list[dict[str, JsonValue]] = Field(min_length=1)
     """Engine.extras of each rank."""
     data_hash: str
+    best: tuple[int, float] | None = None
+    """Step and eval_loss of the best checkpoint so far, where checkpoint.best asked for it."""
     spec: dict[str, JsonValue]
     versions: dict[str, JsonValue]
 
@@ -85,6 +91,11 @@ class Checkpoint:
             raise CheckpointError(f"{file} says step {state.step}, its folder step {self.step}")
         return state
 
+    def check_files(self) -> None:
+        """Raise CheckpointError unless both tensor files are there, whole and well-formed; needs no torch."""
+        for name in (WEIGHTS, MOMENTS):
+            _open(self.path / name, "np")
+
     def reader(self) -> Reader:
         return Reader(self.path)
 
@@ -93,14 +104,7 @@ class Reader:
     """The contract's StateReader over a checkpoint's files; a tensor is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._files: dict[str, Any] = {}
-        for name in (WEIGHTS, MOMENTS):
-            try:
-                self._files[name] = safe_open(path / name, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path / name} is damaged or missing: {error}") from error
+        self._files = {name: _open(path / name, "pt") for name in (WEIGHTS, MOMENTS)}
         self._keys = {name: set(file.keys()) for name, file in self._files.items()}
 
     def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
@@ -120,15 +124,14 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(p, int(m[1])) for p, m in found if m), key=lambda c: c.step)
 
 
-def write(folder: Path, state: State, tensors: Mapping[tuple[str, StateKind], torch.Tensor]) -> Checkpoint:
+def write(folder: Path, state: State, tensors: Tensors) -> Checkpoint:
     """Write one checkpoint below `folder`: whole, or not at all.
 
-    A complete one of the same step is replaced. Leftovers of writers that died are removed.
+    A complete one of the same step is replaced. Leftovers of writers that died are removed. Raises OSError.
     """
-    from safetensors.torch import save_file
-
     final = folder / folder_name(state.step)
     partial = folder / f".{final.name}.{os.getpid()}"
+    replaced = folder / f".{final.name}.replaced"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -136,18 +139,48 @@ def write(folder: Path, state: State, tensors: Mapping[tuple[str, StateKind], to
     try:
         for file in (WEIGHTS, MOMENTS):
             inside = {key: t for (n, k), t in tensors.items() for f, key in [_place(n, k)] if f == file}
-            save_file(inside, partial / file)
+            _save(inside, partial / file)
             _sync(partial / file)
         write_json(partial / STATE, json.loads(state.model_dump_json()))
         _sync(partial)
         if final.exists():
-            final.rename(folder / f".replaced.{os.getpid()}")
+            final.rename(replaced)
         partial.rename(final)
         _sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder / f".replaced.{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final, state.step)
+
+
+def _open(file: Path, framework: str) -> Any:
+    """The file, its header read and held against its size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework=framework)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged or missing: {error}") from error
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """safetensors takes neither strided tensors nor two in one storage: those are copied."""
+    from safetensors import SafetensorError, serialize_file
+
+    try:
+        if not tensors:
+            serialize_file({}, file)  # without importing torch
+            return
+        from safetensors.torch import save_file
+
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if storage in seen else tensor.contiguous()
+            seen.add(storage)
+        save_file(tensors, file)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def _place(name: str, kind: StateKind) -> tuple[str, str]:
