@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 
-from xtrain.choose import choose
+from xtrain import registry
+from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
-from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed
+from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.job import join
 from xtrain.launch import start_workers
 from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory
 from xtrain.request import Request
-from xtrain.spec import load_spec
+from xtrain.spec import load_spec, locate
 from xtrain.spec.tree import Spec
 from xtrain.trackers import require_installed
 from xtrain.work import work
@@ -24,25 +25,36 @@ def run(request: Request) -> int:
     job = join(os.environ)
     if job is not None:
         register(job.rank)
-    spec = load_spec(request.spec_path, request.overrides)
+    processes = _processes(request, job)
+    named = None if request.backend == AUTO else registry.load(request.backend)
+    spec = load_spec(request.spec_path, request.overrides, processes, named)
     require_installed(spec.log.trackers)
-    world = _world(request, spec, job)
-    choice = choose(request.backend, spec, world, str(request.spec_path))
+    world = processes or spec.launch.processes
+    choice = _choose(request, spec, world)
     if job is None and world > 1:
         return _launch(request, choice.backend.name, world)
     return work(request, spec, choice, job or Job())
 
 
-def _world(request: Request, spec: Spec, job: Job | None) -> int:
-    """How many processes the run has: as joined, as asked, or as the spec says."""
+def _processes(request: Request, job: Job | None) -> int | None:
+    """How many processes the run has, as joined or as asked; None where the spec says it."""
     if job is None:
-        return request.processes or spec.launch.processes
+        return request.processes
     if request.processes not in (None, job.world):
         raise RequestError(
             f"--nproc {request.processes} contradicts the job that this process joined, "
             f"which has {job.world}; leave --nproc out"
         )
     return job.world
+
+
+def _choose(request: Request, spec: Spec, world: int) -> Choice:
+    """The backend; where the spec cannot be honoured, the problems with their places in the file."""
+    try:
+        return choose(request.backend, spec, world, str(request.spec_path))
+    except SpecError as error:
+        located = locate(error.problems, request.spec_path, request.overrides, request.processes)
+        raise SpecError(error.source, located) from None
 
 
 def _launch(request: Request, backend: str, world: int) -> int:

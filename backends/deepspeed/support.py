@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
+from xtrain.spec.check import batch_problems
 from xtrain.spec.keys import refusals
 
 from .translate import STAGES, stage_of
@@ -27,7 +28,7 @@ REFUSED = {
 
 
 def find_problems(spec: Spec, world: int) -> list[Problem]:
-    return [*refusals(spec, REFUSED), *_batch(spec, world), *_precision(spec), *_memory(spec)]
+    return [*refusals(spec, REFUSED), *batch_problems(spec, world), *_precision(spec), *_memory(spec)]
 
 
 def find_notes(spec: Spec) -> list[str]:
@@ -45,19 +46,6 @@ def find_notes(spec: Spec) -> list[str]:
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes
-
-
-def _batch(spec: Spec, world: int) -> Iterator[Problem]:
-    per_pass = spec.micro_batch * world
-    if spec.batch.global_ % per_pass:
-        below = spec.batch.global_ // per_pass * per_pass
-        nearest = " or ".join(str(value) for value in (below, below + per_pass) if value)
-        yield Problem(
-            "batch.global",
-            str(spec.batch.global_),
-            f"must be a multiple of micro ({spec.micro_batch}) x processes ({world}) = {per_pass}",
-            f"nearest: {nearest}",
-        )
 
 
 def _precision(spec: Spec) -> Iterator[Problem]:
