@@ -53,7 +53,8 @@ def _choose(request: Request, spec: Spec, world: int) -> Choice:
     try:
         return choose(request.backend, spec, world, str(request.spec_path))
     except SpecError as error:
-        located = locate(error.problems, request.spec_path, request.overrides, request.processes)
+        elsewhere = None if world == spec.launch.processes else world
+        located = locate(error.problems, request.spec_path, request.overrides, elsewhere)
         raise SpecError(error.source, located) from None
 
 
