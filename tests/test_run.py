@@ -1,0 +1,70 @@
+"""`xtrain run` refused: for as many processes as the run would have, with every place in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from xtrain.cli import main
+
+SPEC = """\
+model: {preset: gpt2-nano}
+data: {source: synthetic}
+batch: {global: 12, micro: 4}
+train: {steps: 2}
+optimizer: {lr: 1e-3}
+"""
+
+
+@pytest.fixture(autouse=True)
+def inside_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(text: str, *words: str) -> list[str]:
+    """The lines on standard error of a run that must not start."""
+    Path("spec.yaml").write_text(text)
+    result = CliRunner().invoke(main, ["run", "spec.yaml", *words])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert [path.name for path in Path().iterdir()] == ["spec.yaml"]
+    return result.stderr.splitlines()
+
+
+SHARED = "expected a multiple of micro (4) x processes (2) = 8; nearest: global 8 or 16, or micro 3 or 6"
+
+
+def test_batch_is_checked_for_the_processes_that_were_asked_for() -> None:
+    assert refused(SPEC, "--nproc", "2") == [
+        "error: spec.yaml has 1 problem",
+        f"  3:17: batch.global: found 12, {SHARED}",
+    ]
+
+
+def test_batch_is_checked_for_the_processes_of_the_job_that_was_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert refused(SPEC) == ["error: spec.yaml has 1 problem", f"  3:17: batch.global: found 12, {SHARED}"]
+
+
+def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
+    assert refused(f"{SPEC}memory: auto\n", "--backend", "cpu", "--nproc", "2") == [
+        "error: spec.yaml, on backend cpu, has 3 problems",
+        f"  3:17: batch.global: found 12, {SHARED}",
+        "  6:9: memory: found auto, not built on this backend yet; leave the section out",
+        "  launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
+        "deepspeed for 2 processes",
+    ]
+
+
+@pytest.mark.slow  # asks every backend whether it is usable, which imports its library
+def test_backend_that_was_chosen_refuses_with_the_place_in_the_file() -> None:
+    head, *lines = refused(f"{SPEC}memory: auto\n", "--set", "train.compile=true")
+    assert head.startswith("error: spec.yaml, on backend ")
+    assert [line.split(" found")[0] for line in lines] == [
+        "  6:9: memory:",
+        "  --set train.compile=true: train.compile:",
+    ]
