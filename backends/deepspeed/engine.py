@@ -75,13 +75,14 @@ class DeepSpeedEngine:
         its targets.
         """
         loss_sum = torch.zeros((), device=self.device)
-        for batch in step.micro_batches:
+        last = len(step.micro_batches) - 1
+        for index, batch in enumerate(step.micro_batches):
             with trace.span("forward"):
                 loss = self.engine(*self._to_device(batch))
             with trace.span("backward"):  # DeepSpeed reduces gradients in here
                 self.engine.backward(loss * (self.data_size / step.target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
-            if batch is not step.micro_batches[-1]:
+            if index != last:
                 self.engine.step()
         scale = self.scaler.scale if self.scaler else None
         with trace.span("optimizer"):
@@ -123,14 +124,16 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         self.engine.eval()
-        sums = torch.zeros(2, device=self.device)
+        total = torch.zeros((), device=self.device)
+        tokens = 0
         with torch.no_grad():
             for batch in batches:
-                sums[0] += self.engine(*self._to_device(batch))
-                sums[1] += int((batch.targets != IGNORED_TARGET).sum())
+                total += self.engine(*self._to_device(batch))
+                tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.engine.train()
-        total, tokens = self._reduced(sums).tolist()
-        return LossSum(total, int(tokens))
+        # float32 counts exactly only to 2^24, so the tokens are summed as integers.
+        all_tokens = self._reduced(torch.tensor(tokens, device=self.device))
+        return LossSum(float(self._reduced(total)), int(all_tokens))
 
     def fetch(self, results: Sequence[StepResult]) -> list[StepValues]:
         if not results:

@@ -10,7 +10,8 @@ import shutil
 import socket
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
+LEAVE_SECONDS = 5
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -98,7 +100,7 @@ def start_process_group(job: Job, device: torch.device) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    if job.world == 1 and "MASTER_ADDR" not in os.environ:
+    if job.world == 1 and "RANK" not in os.environ:
         os.environ.update(alone)
     import deepspeed
     from deepspeed.utils import logger
@@ -108,7 +110,16 @@ def start_process_group(job: Job, device: torch.device) -> None:
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
             deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
         # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave_together)
+
+
+def _leave_together() -> None:
+    """Wait a little for the other ranks, then leave: gloo aborts a process whose peer is gone too early."""
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):  # a peer that failed does not come
+        dist.barrier(async_op=True).wait(timeout=timedelta(seconds=LEAVE_SECONDS))
+    dist.destroy_process_group()
 
 
 def _free_port() -> int:
