@@ -43,11 +43,6 @@ class LossScaler:
                 self._after_good_step()
         self.steps += 1
 
-    @property
-    def at_floor(self) -> bool:
-        """Whether the next overflow cannot lower the scale any more."""
-        return not self.dynamic or (self.scale <= self.floor and self.hysteresis == 1)
-
     def state(self) -> dict[str, JSON]:
         return {
             "scale": self.scale,
