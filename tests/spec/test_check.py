@@ -597,6 +597,16 @@ def test_every_problem_is_reported_at_once() -> None:
     ]
 
 
+def test_chunk_of_the_loss_is_refused_where_the_model_makes_its_logits_itself() -> None:
+    model = {"preset": None, "factory": "models.tiny:build"}
+    assert problems(model=model, memory={"loss_chunk": "none"}) == []
+    assert problems(memory={"loss_chunk": 64}) == []
+    assert problems(model=model, memory={"loss_chunk": 64}) == [
+        "memory.loss_chunk: found 64, expected only with model.preset: another model makes its logits as a "
+        "whole; leave it out"
+    ]
+
+
 def test_every_section_but_those_of_one_backend_and_the_log_is_read_by_a_check() -> None:
     read = frozenset().union(*(reads for _, reads in CHECKS))
     assert read >= {"model", "data", "batch", "train", "schedule", "precision", "memory", "launch"}

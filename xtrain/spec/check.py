@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from xtrain.contract import Problem
 from xtrain.spec.check_inputs import data_problems, fit_problems, model_problems
-from xtrain.spec.check_memory import group_problems, memory_problems, placement_problems
+from xtrain.spec.check_memory import group_problems, loss_problems, memory_problems, placement_problems
 from xtrain.spec.keys import changed_keys, printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
 from xtrain.spec.tree import WSD, Launch, Spec
@@ -147,6 +147,7 @@ CHECKS: tuple[tuple[Callable[[Spec], Iterator[Problem]], frozenset[str]], ...] =
     (_precision, frozenset({"precision"})),
     (memory_problems, frozenset({"memory"})),
     (group_problems, frozenset({"memory", "model"})),
+    (loss_problems, frozenset({"memory", "model"})),
     (placement_problems, frozenset({"manual", "model"})),
     (_stability, frozenset({"stability", "train"})),
 )

@@ -49,6 +49,15 @@ def group_problems(spec: Spec) -> Iterator[Problem]:
             yield Problem(f"memory.checkpointing.{key}", str(value), expected, f"nearest: {layers}")
 
 
+def loss_problems(spec: Spec) -> Iterator[Problem]:
+    if not isinstance(spec.memory, MemorySection):
+        return
+    chunk = spec.memory.loss_chunk
+    if spec.model.preset is None and isinstance(chunk, int):
+        expected = "expected only with model.preset: another model makes its logits as a whole"
+        yield Problem("memory.loss_chunk", str(chunk), expected, "leave it out")
+
+
 def _drives(offload: Offload) -> Iterator[Problem]:
     for name in Offload.model_fields:
         target = getattr(offload, name)
