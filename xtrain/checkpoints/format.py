@@ -43,12 +43,17 @@ class CheckpointError(RequestError):
     """A checkpoint that is missing, damaged, or not of this run."""
 
 
-class State(BaseModel):
-    """state.json: all that is not a tensor."""
+class Versioned(BaseModel):
+    """What every version of state.json has, looked at before the rest."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     format_version: int = FORMAT_VERSION
+
+
+class State(Versioned):
+    """state.json: all that is not a tensor."""
+
     step: int = Field(ge=0)
     """Updates done; the next one has this 0-based index."""
     backend: str
@@ -76,17 +81,19 @@ class Checkpoint:
         try:
             if file.stat().st_size > LARGEST_STATE_BYTES:
                 raise CheckpointError(f"{file} is too large: more than {LARGEST_STATE_BYTES} bytes")
-            state = State.model_validate_json(file.read_bytes())
+            data = file.read_bytes()
+            version = Versioned.model_validate_json(data).format_version
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{file} has format version {version}; this xtrain reads {FORMAT_VERSION}"
+                )
+            state = State.model_validate_json(data)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise CheckpointError(f"{file} is damaged: {where}: {first['msg']}") from None
-        if state.format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} has format version {state.format_version}; this xtrain reads {FORMAT_VERSION}"
-            )
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise CheckpointError(f"{file} is damaged: {where}{first['msg']}") from None
         if state.step != self.step:
             raise CheckpointError(f"{file} says step {state.step}, its folder step {self.step}")
         return state
