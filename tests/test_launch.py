@@ -133,6 +133,13 @@ def test_exit_code_of_the_first_failing_worker_comes_through(started: Callable[.
 
 
 @pytest.mark.slow
+def test_crash_of_a_library_in_a_worker_that_was_done_takes_nothing_back(
+    started: Callable[..., Launcher],
+) -> None:
+    assert started("crashes-when-done").end()[:2] == (0, "")
+
+
+@pytest.mark.slow
 def test_exception_is_told_once_with_its_rank_and_without_torchruns_report(
     started: Callable[..., Launcher],
 ) -> None:
@@ -144,6 +151,13 @@ def test_exception_is_told_once_with_its_rank_and_without_torchruns_report(
     assert "Traceback" not in errors
     assert "ChildFailedError" not in errors
     assert "Root Cause" not in errors
+
+
+@pytest.mark.slow
+def test_worker_that_failed_and_cannot_leave_is_ended(started: Callable[..., Launcher]) -> None:
+    code, message, _ = started("sticks", "1").end()
+    assert (code, message.splitlines()[0]) == (1, "rank 1 of 2 failed")
+    assert message.endswith("\nValueError: the disk is full")
 
 
 @pytest.mark.slow
@@ -253,22 +267,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_one_that_was_killed_is_blamed_rather_than_those_that_missed_it(folder: Path) -> None:
+def test_one_that_died_without_a_word_is_blamed_rather_than_those_that_missed_it(folder: Path) -> None:
     leave_word(0, 1, "connection closed by peer")
-    assert first_failure(folder, {0: 1, 1: -signal.SIGKILL}, {0, 1}) == 1
+    assert first_failure(folder, {0: 1, 1: -signal.SIGKILL}, ()) == 1
 
 
-def test_one_that_spoke_first_is_blamed_rather_than_one_that_crashed_on_its_way_out(folder: Path) -> None:
+@pytest.mark.parametrize("code", [1, -signal.SIGABRT])
+def test_one_that_spoke_first_is_blamed_rather_than_its_peer(folder: Path, code: int) -> None:
     leave_word(1, 2, "no such spec")
     leave_word(0, 1, "connection closed by peer")
     os.utime(folder / "0.ending", (2e9, 2e9))
-    assert first_failure(folder, {0: -signal.SIGABRT, 1: 2}, {0, 1}) == 1
+    assert first_failure(folder, {0: code, 1: 2}, ()) == 1
+
+
+def test_one_that_aborted_without_a_word_is_blamed_only_when_nobody_spoke(folder: Path) -> None:
+    exit_codes = {0: -signal.SIGTERM, 1: -signal.SIGABRT, 2: -signal.SIGTERM}
+    assert first_failure(folder, exit_codes, ()) == 1
+    leave_word(2, 1, "the disk is full")
+    assert first_failure(folder, exit_codes, ()) == 2
 
 
 def test_one_that_the_agent_ended_is_not_blamed(folder: Path) -> None:
     leave_word(2, 1, "the disk is full")
     exit_codes = {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: 1}
-    assert first_failure(folder, exit_codes, {2}) == 2
+    assert first_failure(folder, exit_codes, {1}) == 2
 
 
 def test_ending_that_says_interrupted_is_orderly() -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
@@ -24,6 +24,8 @@ AGENT_ENDING = "agent.json"
 GRACE_SECONDS = 5.0
 """Left to the others once a worker has failed: enough to write down how far they came."""
 LOOK_SECONDS = 0.1
+CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
+"""How torchrun ends the others, and how libraries end a process whose peer is gone."""
 
 
 def main() -> int:
@@ -61,49 +63,52 @@ def _run(processes: str, command: list[str], folder: Path) -> int:
         run.run(torchrun)
     except ChildFailedError as failed:
         exit_codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        rank = first_failure(folder, exit_codes, haste.failed_first)
+        rank = first_failure(folder, exit_codes, haste.ended)
         (folder / AGENT_ENDING).write_text(json.dumps({"rank": rank, "exitcode": exit_codes[rank]}))
         return EXIT_FAILED
     return EXIT_DONE
 
 
-def first_failure(folder: Path, exit_codes: Mapping[int, int], failed_first: set[int]) -> int:
+def first_failure(folder: Path, exit_codes: Mapping[int, int], ended_by_us: Collection[int]) -> int:
     """The rank whose failure is the cause of the others'.
 
-    Of those that were seen to fail together it is one that a signal ended before it could say anything,
-    or else the one that spoke first: its peers' errors, lost connections for the most part, follow
-    within milliseconds. SIGTERM is how torchrun ends the others.
+    It is one that died without a word, or else the one that spoke first: its peers' errors, lost
+    connections for the most part, follow within milliseconds.
     """
-    candidates = [rank for rank in exit_codes if rank in failed_first] or list(exit_codes)
-    for rank in candidates:
-        if exit_codes[rank] < 0 and exit_codes[rank] != -signal.SIGTERM and not ending(folder, rank):
-            return rank
-    return min(candidates, key=lambda rank: said_at(folder, rank))
+    spoke = [rank for rank in exit_codes if ending(folder, rank)]
+    silent = [rank for rank in exit_codes if rank not in spoke and rank not in ended_by_us]
+    silent.sort(key=lambda rank: exit_codes[rank] == -signal.SIGTERM)
+    cause = [rank for rank in silent if exit_codes[rank] not in CONSEQUENCES]
+    return (cause or sorted(spoke, key=lambda rank: said_at(folder, rank)) or silent or list(exit_codes))[0]
 
 
 class Haste(threading.Thread):
-    """Sees which workers fail first, and ends those that are still there GRACE_SECONDS later.
+    """Ends the workers that are still there GRACE_SECONDS after the first has failed.
 
     torchrun asks with SIGTERM, which a worker that waits for a dead peer cannot obey.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(name="haste", daemon=True)
-        self.failed_first: set[int] = set()
+        self.ended: set[int] = set()
+        """Ranks."""
         self._folder = folder
 
     def run(self) -> None:
-        while not self.failed_first:
+        while not self._one_failed():
             time.sleep(LOOK_SECONDS)
-            self.failed_first = self._failed()
         time.sleep(GRACE_SECONDS)
+        processes = process_ids(self._folder)
+        self.ended = {rank for rank, process in processes.items() if is_alive(process)}
         kill_groups(children(os.getpid()))
 
-    def _failed(self) -> set[int]:
-        """Ranks that are gone without having said that all is well."""
-        gone = [rank for rank, process in process_ids(self._folder).items() if not is_alive(process)]
-        said = {rank: ending(self._folder, rank) for rank in gone}
-        return {rank for rank, word in said.items() if word is None or not word.orderly}
+    def _one_failed(self) -> bool:
+        """It said so, on its way out or stuck there, or it is gone without a word."""
+        for rank, process in process_ids(self._folder).items():
+            word = ending(self._folder, rank)
+            if not (word.orderly if word else is_alive(process)):
+                return True
+        return False
 
 
 if __name__ == "__main__":

@@ -150,8 +150,9 @@ class Launch:
             return Ended(
                 EXIT_FAILED, "the workers were ended at once, as asked; what was saved before stands"
             )
-        if self.agent.returncode == EXIT_DONE:
-            words = [ending(self._folder, rank) for rank in range(self._processes)]
+        words = [ending(self._folder, rank) for rank in range(self._processes)]
+        if all(word is not None and word.orderly for word in words):
+            # Also where a library crashed in a process that was done: all is written, nothing was lost.
             interrupted = any(word is not None and word.code == EXIT_INTERRUPTED for word in words)
             return Ended(EXIT_INTERRUPTED if interrupted else EXIT_DONE, "")
         file = self._folder / AGENT_ENDING
@@ -177,6 +178,8 @@ class Launch:
 
     def _without_report(self) -> Ended:
         code = self.agent.returncode
+        if code == EXIT_DONE:  # a module that leaves by os._exit says nothing
+            return Ended(EXIT_DONE, "")
         if self._asked is not None:
             return self._too_early()
         how = f"was killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"

@@ -6,11 +6,13 @@ as told; with RANK only that rank does, and the others wait in a reduction for i
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -34,6 +36,7 @@ def write(**facts: object) -> None:
 
 def finish_and_save(number: int, frame: FrameType | None) -> None:
     write(saved=signal.Signals(number).name)
+    dist.destroy_process_group()
     sys.exit(75)
 
 
@@ -41,20 +44,26 @@ if behaviour == "waits-before-training":
     write()
     time.sleep(60)
 
-if behaviour != "exits-early":
-    import torch
-    import torch.distributed as dist
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
-    dist.init_process_group("gloo")
-    total = torch.tensor(float(job.rank + 1))
-    dist.all_reduce(total)
-    write(total=total.item(), threads=os.environ["OMP_NUM_THREADS"])
+dist.init_process_group("gloo")
+total = torch.tensor(float(job.rank + 1))
+dist.all_reduce(total)
+write(total=total.item(), threads=os.environ["OMP_NUM_THREADS"])
 
 if not chosen:
     dist.all_reduce(total)
-elif behaviour.startswith("exits"):
+elif behaviour == "exits":
+    if len(sys.argv) < 5:
+        dist.destroy_process_group()
     sys.exit(int(sys.argv[4]) if len(sys.argv) > 4 else 0)
-elif behaviour == "raises":
+elif behaviour == "crashes-when-done":
+    dist.destroy_process_group()
+    atexit.register(os.abort)
+elif behaviour in ("raises", "sticks"):
+    if behaviour == "sticks":
+        threading.Thread(target=time.sleep, args=(120,)).start()
     raise ValueError("the disk is full")
 elif behaviour == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
