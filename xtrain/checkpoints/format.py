@@ -108,15 +108,20 @@ class Checkpoint:
 
 
 class Reader:
-    """The contract's StateReader over a checkpoint's files; a tensor is read when it is asked for."""
+    """The contract's StateReader over a checkpoint's files; files and tensors are read when asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._files = {name: _open(path / name, "pt") for name in (WEIGHTS, MOMENTS)}
-        self._keys = {name: set(file.keys()) for name, file in self._files.items()}
+        self._path = path
+        self._files: dict[str, tuple[Any, set[str]]] = {}
+        """Each file with its keys, once it is open."""
 
     def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
-        file, key = _place(name, kind)
-        return self._files[file].get_tensor(key) if key in self._keys[file] else None
+        place, key = _place(name, kind)
+        if place not in self._files:
+            opened = _open(self._path / place, "pt")
+            self._files[place] = opened, set(opened.keys())
+        file, keys = self._files[place]
+        return file.get_tensor(key) if key in keys else None
 
 
 def folder_name(step: int) -> str:
