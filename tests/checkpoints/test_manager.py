@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints.test_format import state
+from xtrain import registry
+from xtrain.checkpoints import manager
+from xtrain.checkpoints.format import CheckpointError, complete_checkpoints, write
+from xtrain.checkpoints.manager import Checkpointer, latest, set_aside_after
+from xtrain.contract import Engine, Job
+from xtrain.errors import RunFailed
+from xtrain.models.source import model_source
+from xtrain.spec.tree import Spec
+
+MINIMAL = {
+    "model": {"preset": "gpt2-nano"},
+    "data": {"source": "synthetic"},
+    "batch": {"global": 4},
+    "train": {"steps": 100},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+class Saver:
+    """A checkpointer at work on the null engine, and what it said."""
+
+    def __init__(self, folder: Path, **section: Any) -> None:
+        self.said: list[str] = []
+        self.synced = 0
+        spec = Spec.model_validate({**MINIMAL, "checkpoint": section})
+        backend = registry.load("null")
+        resolved = backend.resolve(spec, 1)
+        self.engine: Engine = backend.start(resolved, model_source(spec, 257), Job())
+        self.checkpointer = Checkpointer(
+            spec.checkpoint, resolved, "abc", None, folder, self.said.append, self._sync
+        )
+
+    def _sync(self) -> None:
+        self.synced += 1
+
+    def save(self, *steps: int, last: bool = False) -> None:
+        for step in steps:
+            self.checkpointer.save(self.engine, step, last)
+
+
+def found(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in complete_checkpoints(folder)]
+
+
+def test_the_oldest_by_step_number_are_removed(tmp_path: Path) -> None:
+    Saver(tmp_path, keep=2).save(999, 1000, 10_000)
+    assert found(tmp_path) == [1000, 10_000]
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(5, 5)
+    assert saver.synced == 1
+
+
+def test_due_every_so_many_updates_counted_from_the_first() -> None:
+    due = Saver(Path(), every_steps=4).checkpointer.due
+    assert [step for step in range(1, 13) if due(step)] == [4, 8, 12]
+    assert not Saver(Path()).checkpointer.due(4)
+
+
+def test_minutes_are_counted_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(manager, "monotonic", lambda: now[0])
+    saver = Saver(tmp_path, every_minutes=2)
+    overdue = saver.checkpointer.overdue
+    now[0] += 119
+    assert not overdue(saver.engine)
+    now[0] += 1
+    assert overdue(saver.engine)
+    saver.save(3)
+    assert not overdue(saver.engine)
+    assert not Saver(tmp_path).checkpointer.overdue(saver.engine)
+
+
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=1, best=True)
+    for step, loss in ((1, 3.0), (2, 2.0), (3, float("nan")), (4, 2.0), (5, None), (6, 2.5)):
+        saver.checkpointer.evaluated(step, loss)
+        saver.save(step)
+    assert found(tmp_path) == [2, 6]
+    assert complete_checkpoints(tmp_path)[-1].state().best == (2, 2.0)
+
+
+def test_a_best_that_nobody_asked_for_is_not_kept(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=1)
+    saver.checkpointer.evaluated(1, 1.0)
+    saver.save(1, 2)
+    assert found(tmp_path) == [2]
+
+
+@pytest.fixture
+def broken_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manager, "write", full)
+
+
+FAILED = "checkpoint {} was not saved: No space left on device"
+
+
+@pytest.mark.usefixtures("broken_disk")
+def test_a_failed_save_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(5)
+    message = FAILED.format(tmp_path / "step-00000005")
+    assert saver.said == [f"warning: {message}; earlier ones are intact, training goes on"]
+
+
+@pytest.mark.usefixtures("broken_disk")
+def test_a_failed_save_ends_the_run_where_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed) as caught:
+        Saver(tmp_path, on_error="stop").save(5)
+    message = FAILED.format(tmp_path / "step-00000005")
+    assert str(caught.value) == f"{message} (checkpoint.on_error is stop); earlier ones are intact"
+
+
+@pytest.mark.usefixtures("broken_disk")
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_a_last_save_that_failed_is_a_failed_run(tmp_path: Path, on_error: str) -> None:
+    """Nothing is left to go on with; "saved" must not be said of it."""
+    with pytest.raises(RunFailed, match="and it was the last; earlier ones are intact"):
+        Saver(tmp_path, on_error=on_error).save(5, last=True)
+
+
+def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (20, 100):
+        write(folder, state(step), {})
+    (folder / ".step-00000300.1").mkdir()
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert newest.step == 100
+    assert latest(folder / "step-00000020") == replace(newest, path=folder / "step-00000020", step=20)
+
+
+def test_a_run_directory_without_a_checkpoint_has_none(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "missing: not there; expected a run directory"),
+        ("file", "file: a file; expected a run directory"),
+        ("step-12", "step-12 is not a checkpoint"),
+    ],
+)
+def test_what_is_no_run_and_no_checkpoint_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "step-12").mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        latest(tmp_path / name)
+
+
+def test_later_checkpoints_are_set_aside_and_earlier_ones_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, state(step), {})
+    assert set_aside_after(tmp_path, 30) is None
+    assert set_aside_after(tmp_path, 20) == tmp_path / "superseded-1"
+    assert set_aside_after(tmp_path, 10) == tmp_path / "superseded-2"
+    assert found(tmp_path) == [10]
+    assert (found(tmp_path / "superseded-1"), found(tmp_path / "superseded-2")) == ([30], [20])

@@ -1,0 +1,342 @@
+"""Stopped and gone on with: nothing lost, nothing twice, nothing changed by a request that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small_runs import checkpoints, metrics, run, steps, weights
+from xtrain.metrics import MetricsLog
+from xtrain.record import load_record
+from xtrain.resume import MAY_CHANGE, differences
+from xtrain.spec.keys import covering
+
+ALL = list(range(1, 13))
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stopped(folder: Path, after: int = 6, **options: Any) -> Path:
+    """A run directory that was left after that many of its 12 updates."""
+    out = folder / "out"
+    assert run(folder, "--out", out, "--stop-after", after, **options).exit_code == 0
+    return out
+
+
+def died(out: Path, after: int) -> None:
+    """As if the process had been killed after that many updates, past its last checkpoint."""
+    log = MetricsLog(out / "metrics.jsonl")
+    last = metrics(out)[-1]
+    for step in range(last.step + 1, after + 1):
+        log.append(type(last)(step, 99.0, 0.0, None, 1, None, False))
+    log.close()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    (out / "record.json").unlink()
+
+
+@pytest.mark.parametrize("backend", ["null", "cpu"])
+def test_a_stopped_run_goes_on_to_the_end(tmp_path: Path, backend: str) -> None:
+    out = stopped(tmp_path, backend=backend)
+    result = run(tmp_path, "--resume", out, backend=backend)
+    assert result.exit_code == 0
+    assert f"resumed from {out}/checkpoints/step-00000006, after step 6" in result.stderr
+    assert steps(out) == ALL
+    assert load_record(out).status == "done"
+    assert load_record(out).totals.steps == 12
+
+
+DROPOUT: dict[str, Any] = {"model__dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        DROPOUT,
+        {"optimizer": "{name: sgd, lr: 0.1, momentum: 0.9}"},
+        {"precision": "{dtype: bf16, weights: bf16}"},
+        {"stability": "{loss_spike: 3, window: 3}"},
+    ],
+    ids=["adamw", "dropout", "sgd", "bf16 weights", "guards"],
+)
+def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = tmp_path / "whole"
+    assert run(tmp_path, "--out", whole, backend="cpu", **options).exit_code == 0
+    out = stopped(tmp_path, 5, backend="cpu", **options)
+    assert run(tmp_path, "--resume", out, "--stop-after", 9, backend="cpu", **options).exit_code == 0
+    assert run(tmp_path, "--resume", out, backend="cpu", **options).exit_code == 0
+    assert weights(out, 12) == weights(whole, 12)
+    assert [line.loss for line in metrics(out)] == [line.loss for line in metrics(whole)]
+
+
+def test_other_weights_are_told_apart(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run(tmp_path, "--out", whole, backend="cpu", **DROPOUT)
+    out = stopped(tmp_path, 5, backend="cpu", **DROPOUT)
+    file = out / "checkpoints" / "step-00000005" / "state.json"
+    stored = json.loads(file.read_text())
+    stored["extras"][0]["random"] = {}  # dropout then draws what it drew in the first steps
+    file.write_text(json.dumps(stored))
+    run(tmp_path, "--resume", out, backend="cpu", **DROPOUT)
+    assert weights(out, 12) != weights(whole, 12)
+
+
+def test_every_step_has_one_line_although_the_run_died_past_its_checkpoint(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run(tmp_path, "--out", whole)
+    out = stopped(tmp_path, 4)
+    died(out, after=7)
+    assert run(tmp_path, "--resume", out).exit_code == 0
+    assert steps(out) == ALL
+    assert [line.loss for line in metrics(out)] == [line.loss for line in metrics(whole)]
+    assert load_record(out).totals.tokens == load_record(whole).totals.tokens
+
+
+def test_without_a_checkpoint_it_starts_at_step_0_and_says_so(tmp_path: Path) -> None:
+    out = stopped(tmp_path, 3)
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints" / ".step-00000003.77").mkdir(parents=True)  # it died while saving
+    result = run(tmp_path, "--resume", out)
+    assert result.exit_code == 0
+    assert f"{out} has no checkpoint yet: starting at step 0" in result.stderr
+    assert steps(out) == ALL
+
+
+def test_what_is_not_there_cannot_be_resumed(tmp_path: Path) -> None:
+    result = run(tmp_path, "--resume", tmp_path / "missing")
+    assert result.exit_code == 2
+    assert f"error: --resume {tmp_path}/missing: not there; expected a run directory" in result.stderr
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = run(tmp_path, "--resume", tmp_path / "photos")
+    assert result.exit_code == 2
+    assert "is not a run directory" in result.stderr
+    assert list((tmp_path / "photos").iterdir()) == []
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    assert run(tmp_path, "--resume", out, train__steps=15).exit_code == 0
+    assert steps(out) == list(range(1, 16))
+    assert load_record(out).totals.steps == 15
+
+
+def test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    before = (out / "metrics.jsonl").read_bytes(), checkpoints(out)
+    result = run(tmp_path, "--resume", out)
+    assert result.exit_code == 0
+    assert "nothing to do up to step 12; set train.steps to go further" in result.stderr
+    assert ((out / "metrics.jsonl").read_bytes(), checkpoints(out)) == before
+    assert load_record(out).status == "done"
+
+
+CHANGED = {"optimizer.lr": "0.002 there, 0.001 here", "train.seed": "1234 there, 7 here"}
+
+
+def test_a_changed_spec_is_refused_by_name_and_touches_nothing(tmp_path: Path) -> None:
+    out = stopped(tmp_path, 4)
+    died(out, after=6)
+    before = files(out)
+    result = run(tmp_path, "--resume", out, optimizer__lr=1e-3, train__seed=7, memory__loss_chunk=8)
+    assert result.exit_code == 2
+    listed = "".join(f"  {key}: {change}\n" for key, change in CHANGED.items())
+    assert f"is of another training:\n{listed}" in result.stderr
+    assert "memory.loss_chunk" not in result.stderr
+    assert "Use --allow-changed to insist" in result.stderr
+    assert files(out) == before
+
+
+def test_whoever_insists_goes_on_with_a_changed_spec(tmp_path: Path) -> None:
+    out = stopped(tmp_path)
+    assert run(tmp_path, "--resume", out, "--allow-changed", optimizer__lr=1e-3).exit_code == 0
+    assert steps(out) == ALL
+    assert run(tmp_path, "--resume", out, optimizer__lr=1e-3, train__steps=13).exit_code == 0
+
+
+def test_other_data_is_another_training_too(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"data__tokens": 30_000}
+    out = stopped(tmp_path)
+    result = run(tmp_path, "--resume", out, **data)
+    assert result.exit_code == 2
+    assert "  the data itself: hash " in result.stderr
+    assert run(tmp_path, "--resume", out, "--allow-changed", **data).exit_code == 0
+
+
+def test_other_optimizers_and_models_are_insisted_on_without_a_traceback(tmp_path: Path) -> None:
+    out = stopped(tmp_path, backend="cpu")
+    before = files(out)
+    wider = run(tmp_path, "--resume", out, "--allow-changed", backend="cpu", model__hidden=64)
+    assert wider.exit_code == 2
+    assert "step-00000006 does not fit this model: weight of " in wider.stderr
+    assert files(out) == before
+    sgd = run(tmp_path, "--resume", out, "--allow-changed", backend="cpu", optimizer="{name: sgd, lr: 0.1}")
+    assert sgd.exit_code == 0
+    assert steps(out) == ALL
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def foreign(file: Path) -> None:
+    file.write_bytes(b"PK\x03\x04 something else")
+
+
+def without_random_state(file: Path) -> None:
+    state = json.loads(file.read_text())
+    state["extras"] = [{"random": {"cpu": "!"}, "optimizer_steps": 1}]
+    file.write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *[
+            (name, damage)
+            for name in ("weights", "moments", "state")
+            for damage in (truncate, foreign, Path.unlink)
+        ],
+        ("state", without_random_state),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    out = stopped(tmp_path, backend="cpu")
+    died(out, after=8)
+    broken = out / "checkpoints" / "step-00000006" / f"{file}.{'json' if file == 'state' else 'safetensors'}"
+    damage(broken)
+    before = files(out)
+    result = run(tmp_path, "--resume", out, backend="cpu")
+    assert result.exit_code == 2
+    assert str(broken) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert files(out) == before
+    if damage is not without_random_state:
+        assert f"; the one before it: --resume {out}/checkpoints/step-00000004" in result.stderr
+    assert run(tmp_path, "--resume", out / "checkpoints" / "step-00000004", backend="cpu").exit_code == 0
+    assert steps(out) == ALL
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    older = out / "checkpoints" / "step-00000004"
+    assert run(tmp_path, "--resume", older, "--stop-after", 5).exit_code == 0
+    assert steps(out) == [1, 2, 3, 4, 5]
+    assert checkpoints(out) == [4, 5]
+    aside = out / "checkpoints" / "superseded-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000008", "step-00000012"]
+    assert run(tmp_path, "--resume", out).exit_code == 0
+    assert steps(out) == ALL
+    assert checkpoints(out) == [5, 8, 12]
+
+
+def test_a_resumed_run_can_be_continued_elsewhere_and_leaves_the_first_as_it_is(tmp_path: Path) -> None:
+    first, second = tmp_path / "out", tmp_path / "second"
+    run(tmp_path, "--out", first)
+    before = files(first)
+    older = first / "checkpoints" / "step-00000008"
+    assert run(tmp_path, "--resume", older, "--out", second, train__steps=14).exit_code == 0
+    assert steps(second) == list(range(1, 15))
+    assert files(first) == before
+    assert run(tmp_path, "--resume", older, "--out", second).exit_code == 2
+
+
+def test_a_continuation_elsewhere_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    out = stopped(tmp_path, backend="null")
+    result = run(tmp_path, "--resume", out, "--out", tmp_path / "second", backend="cpu")
+    assert result.exit_code == 2  # the null backend's checkpoints have no weights
+    assert "does not fit this model: the state has no weight of " in result.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out, train__steps=30, checkpoint__keep=2)
+    assert checkpoints(out) == [28, 30]
+
+
+def test_the_best_is_kept_too(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    checkpoint = "{every_steps: 4, keep: 1, best: true}"
+    run(tmp_path, "--out", out, checkpoint=checkpoint, train__eval_every=3)
+    # The null backend's held-out loss never changes: the first is the lowest.
+    assert checkpoints(out) == [3, 12]
+    run(tmp_path, "--resume", out, checkpoint=checkpoint, train__eval_every=3, train__steps=16)
+    assert checkpoints(out) == [3, 16]
+
+
+def test_keys_that_may_change_exist_and_those_of_what_is_learned_are_not_among_them() -> None:
+    for key in (
+        "optimizer.lr",
+        "batch.global",
+        "model.layers",
+        "schedule.warmup",
+        "precision.dtype",
+        "train.seed",
+    ):
+        assert covering(key, MAY_CHANGE) is None
+    assert covering("memory.sharding", MAY_CHANGE)
+
+
+def test_differences_are_told_by_their_whole_key() -> None:
+    old: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    new: dict[str, Any] = {"a": {"b": 1, "c": [1, 3]}, "e": {"f": 1}}
+    assert list(differences(old, new)) == [("a.c", [1, 2], [1, 3]), ("e", None, {"f": 1})]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of this model, not for two."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", mount], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(tmp_path: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    result = run(tmp_path, "--out", out, backend="cpu")
+    assert result.exit_code == 1
+    warning = f"warning: checkpoint {out}/checkpoints/step-00000008 was not saved: "
+    assert warning in result.stderr
+    assert "No space left on device" in result.stderr
+    assert "step-00000012 was not saved: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert steps(out) == ALL  # training went on
+    assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
+
+
+def test_a_full_disk_stops_a_run_that_asked_for_it(tmp_path: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    result = run(tmp_path, "--out", out, backend="cpu", checkpoint__on_error="stop")
+    assert result.exit_code == 1
+    assert "error: checkpoint " in result.stderr
+    assert "(checkpoint.on_error is stop); earlier ones are intact" in result.stderr
+    assert steps(out) == list(range(1, 9))
+    assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
+    elsewhere = tmp_path / "second"
+    assert run(tmp_path, "--resume", out, "--out", elsewhere, backend="cpu").exit_code == 0
+    assert steps(elsewhere) == ALL
