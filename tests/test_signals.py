@@ -1,0 +1,221 @@
+"""Ctrl-C, SIGTERM and SIGKILL sent to real runs of real processes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.small_runs import SPEC, checkpoints, metrics, run, steps
+from xtrain.record import load_record
+
+pytestmark = pytest.mark.slow
+
+MARK = "XTRAIN_TEST_MARK"
+LONGEST_SECONDS = 90
+ENDLESS = ["--set=train.steps=1000000", "--set=log.every_steps=1"]
+ALONE = ["--backend", "cpu", *ENDLESS]
+TOGETHER = ["--backend", "deepspeed", "--nproc", "2", "--set=memory.sharding=parameters", *ENDLESS]
+SLOW_MODEL = """\
+import time
+import torch
+
+class Slow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(257, 257)
+        self.passes = 0
+
+    def forward(self, tokens):
+        self.passes += 1
+        if self.passes == 5:
+            print("asleep in a step", flush=True)
+            time.sleep(3600)
+        return self.embedding(tokens)
+
+def build(**ignored):
+    return Slow()
+"""
+
+
+@dataclass
+class Started:
+    """A command in a session of its own, as a terminal would start it."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    errors: Path
+    out: Path
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while text not in self.said():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        """To the foreground group, as Ctrl-C is; SIGTERM and SIGKILL to the one process that is known."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    def ended(self) -> int:
+        return self.process.wait(LONGEST_SECONDS)
+
+    def left_behind(self) -> list[psutil.Process]:
+        """Processes of this command that live, wherever they moved: by their environment."""
+        return [process for process in psutil.process_iter() if _is_marked(process, self.mark)]
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    begun: list[Started] = []
+
+    def run_it(command: Sequence[str], out: Path) -> Started:
+        mark = uuid.uuid4().hex
+        errors = tmp_path / f"errors-{len(begun)}.txt"
+        environ = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+        with errors.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, text=True, env=environ, start_new_session=True
+            )
+        begun.append(Started(process, mark, errors, out))
+        return begun[-1]
+
+    yield run_it
+    for one in begun:
+        for process in one.left_behind():
+            process.kill()
+        one.process.wait()
+
+
+def training(start: Callable[..., Started], folder: Path, words: Sequence[str], spec: str = SPEC) -> Started:
+    """`xtrain run`, endless."""
+    (folder / "spec.yaml").write_text(spec)
+    out = folder / "out"
+    command = [sys.executable, "-m", "xtrain", "run", str(folder / "spec.yaml"), *words, "--out", str(out)]
+    return start(command, out)
+
+
+def nobody_is_left(started: Started) -> bool:
+    deadline = time.monotonic() + 10
+    while started.left_behind() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not started.left_behind()
+
+
+def interrupted(one: Started, number: signal.Signals) -> int:
+    """Send it in the middle; returns the step at which the run left, saved."""
+    one.wait_for("step 6/")
+    one.send(number)
+    assert one.ended() == 75, one.said()
+    assert nobody_is_left(one)
+    assert one.said().count(f"{number.name}: finishing the step and saving") == 1
+    assert "Traceback" not in one.said()
+    reached = steps(one.out)[-1]
+    assert steps(one.out) == list(range(1, reached + 1))
+    assert checkpoints(one.out)[-1] == reached
+    assert load_record(one.out).status == "interrupted"
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [(ALONE, signal.SIGTERM), (ALONE, signal.SIGINT), (TOGETHER, signal.SIGTERM)],
+    ids=["cpu-SIGTERM", "cpu-SIGINT", "deepspeed-x2-SIGTERM"],
+)
+def test_a_signal_saves_and_the_printed_command_goes_on(
+    start: Callable[..., Started], tmp_path: Path, words: Sequence[str], number: signal.Signals
+) -> None:
+    first = training(start, tmp_path, words)
+    reached = interrupted(first, number)
+    printed = [line for line in first.said().splitlines() if line.startswith("go on with: ")]
+    assert len(printed) == 1
+    program, *arguments = shlex.split(printed[0].removeprefix("go on with: "))
+    assert program == "xtrain"
+    command = [sys.executable, "-m", "xtrain", *arguments, "--stop-after", str(reached + 2)]
+    second = start(command, first.out)
+    assert second.ended() == 0, second.said()
+    assert f"after step {reached}" in second.said()
+    assert steps(first.out) == list(range(1, reached + 3))
+
+
+def test_an_interrupt_of_the_whole_group_saves_once(start: Callable[..., Started], tmp_path: Path) -> None:
+    interrupted(training(start, tmp_path, TOGETHER), signal.SIGINT)
+
+
+@pytest.mark.parametrize("words", [ALONE, TOGETHER], ids=["cpu", "deepspeed-x2"])
+def test_a_second_interrupt_leaves_at_once(
+    start: Callable[..., Started], tmp_path: Path, words: Sequence[str]
+) -> None:
+    (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
+    spec = SPEC.replace("{preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}", "{factory: slow_model:build}")
+    one = training(start, tmp_path, [*words, "--set=memory.sharding=none"], spec)
+    one.wait_for("asleep in a step")
+    one.send(signal.SIGINT)
+    one.wait_for("SIGINT: finishing the step and saving; Ctrl-C again leaves at once")
+    assert one.process.poll() is None
+    one.send(signal.SIGINT)
+    assert one.ended() not in (0, 75)
+    assert nobody_is_left(one)
+
+
+def test_a_killed_launcher_leaves_no_process_behind(start: Callable[..., Started], tmp_path: Path) -> None:
+    one = training(start, tmp_path, TOGETHER)
+    one.wait_for("step 6/")
+    everybody = one.left_behind()
+    groups = {os.getpgid(process.pid) for process in everybody}
+    assert len(everybody) >= 3  # launcher and two workers
+    one.send(signal.SIGKILL)
+    one.ended()
+    assert nobody_is_left(one)
+    assert not [
+        p for p in psutil.process_iter() if _group(p) in groups and p.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def test_one_directory_has_one_writer_and_a_killed_run_can_be_resumed(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    one = training(start, tmp_path, ALONE)
+    one.wait_for("step 6/")
+    second = run(tmp_path, "--resume", one.out, backend="cpu", train__steps=1_000_000)
+    assert second.exit_code == 2
+    assert f"{one.out} is being written by process {one.process.pid}" in second.stderr
+    one.send(signal.SIGKILL)
+    one.ended()
+    saved = checkpoints(one.out)[-1]
+    stop = metrics(one.out)[-1].step + 3
+    again = run(tmp_path, "--resume", one.out, "--stop-after", stop, backend="cpu", train__steps=1_000_000)
+    assert again.exit_code == 0
+    assert f"after step {saved}" in again.stderr
+    assert steps(one.out) == list(range(1, stop + 1))
