@@ -213,7 +213,7 @@ def _expect(reader: StateReader, name: str, kind: StateKind, shape: tuple[int, .
 def _frozen(parameter: nn.Parameter) -> torch.Tensor:
     if not hasattr(parameter, "ds_shape"):
         return parameter
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
@@ -223,7 +223,7 @@ def _set_frozen(parameter: nn.Parameter, value: torch.Tensor) -> None:
     if not hasattr(parameter, "ds_shape"):
         parameter.copy_(value)
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value)

@@ -15,12 +15,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.worker import Collector
+from tests.conformance.worker import Collector, WrongGradients
 from xtrain import registry
 from xtrain.checkpoints.format import MOMENTS, complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer, restore
-from xtrain.contract import Job
+from xtrain.contract import Job, ModelSource
 from xtrain.data import open_data
+from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.loop import Loop
 from xtrain.models.source import model_source
@@ -35,7 +36,11 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
     data = open_data(spec, show_progress=False)
     backend = registry.load(leg["backend"])
     resolved = backend.resolve(spec, job.world)
-    engine = backend.start(resolved, model_source(spec, data.vocab_size), job)
+    source: ModelSource = model_source(spec, data.vocab_size)
+    if factors := leg.get("gradient_factors"):
+        wrong = {int(step): factor for step, factor in factors.items()}
+        source = WrongGradients(source, wrong, spec.accumulation(job.world))
+    engine = backend.start(resolved, source, job)
     guards = Guards(spec.stability) if spec.stability else None
     found = complete_checkpoints(folder)
     start = restore(engine, found[-1], guards, job.rank) if found else 0
@@ -46,7 +51,11 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
         spec.checkpoint, resolved, data.content_hash, guards, own, print, lambda: None, last_step=start
     )
     loop = Loop(engine, data, learning_rate(spec), collector, 7, 0, guards, checkpointer=checkpointer)
-    loop.run(start, leg["stop"])
+    failure = ""
+    try:
+        loop.run(start, leg["stop"])
+    except RunFailed as error:
+        failure = str(error)
     engine.gather(None)  # saved, before the next leg looks
     engine.close()
     if leg.get("drop_moments") and job.rank == 0:
@@ -54,6 +63,7 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
 
         save_file({}, complete_checkpoints(folder)[-1].path / MOMENTS)
     return {
+        "failure": failure,
         "losses": [record.loss for record in collector.records],
         "skipped": [record.skipped for record in collector.records],
         "loss_scales": [record.loss_scale for record in collector.records],

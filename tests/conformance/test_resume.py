@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conformance.cases import FP16, SGD_UNCLIPPED, SHARDING, STEPS, Lane, Training
 from tests.conformance.plain import train
@@ -40,6 +42,11 @@ FORGOTTEN = Training("moments-dropped")
 SCALED = Training("fp16", precision=FP16)
 SCALED_LANES = [CPU, *(Lane("deepspeed", s) for s in SHARDING[2:]), Lane("deepspeed", SHARDING[3], world=2)]
 
+LOST = Training("lost", stability={"stop_after": 2})
+NANS = {"gradient_factors": {"5": math.nan, "7": math.nan, "8": math.nan}}
+FROZEN = Training("frozen", model={"factory": "tests.conformance.frozen_model:build"})
+FROZEN_LANES = [CPU, Lane("deepspeed"), Lane("deepspeed", SHARDING[1]), *TOGETHER[2:]]
+
 Results = dict[str, Any]
 
 
@@ -52,10 +59,14 @@ class Runs:
         alone += self.halves(FORGOTTEN, CPU, drop_moments=True)
         alone += [leg for lane in SCALED_LANES if lane.world == 1 for leg in self.scaled(lane)]
         alone += [self.leg(ADAMW, CPU, MOVES[0], "moved", "moved-1")]
+        alone += [self.leg(LOST, lane, STEPS, f"lost@{lane}", f"lost@{lane}") | NANS for lane in ALONE]
+        alone += [self.leg(FROZEN, CPU, 2, str(lane), f"frozen-1@{lane}") for lane in FROZEN_LANES]
+        alone += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 1]
         together = [
             leg for lane in TOGETHER for training in (ADAMW, SGD) for leg in self.halves(training, lane)
         ]
         together += [leg for lane in SCALED_LANES if lane.world == 2 for leg in self.scaled(lane)]
+        together += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 2]
         together += [self.leg(ADAMW, TOGETHER[3], MOVES[1], "moved", "moved-2")]
         last = self.leg(ADAMW, CPU, STEPS, "moved", "moved-3")
         self.results = self.start(alone, 1) | self.start(together, 2)
@@ -71,6 +82,11 @@ class Runs:
         place = f"{training.name}@{lane}"
         first = self.leg(training, lane, MIDDLE, place, f"{place}-1") | extra
         return [first, self.leg(training, lane, STEPS, place, f"{place}-2")]
+
+    def other_seed(self, lane: Lane) -> dict[str, Any]:
+        """Goes on where the engine's own initial weights would be others."""
+        leg = self.leg(FROZEN, lane, 4, str(lane), f"frozen-2@{lane}")
+        return leg | {"spec": {**leg["spec"], "train": {"steps": STEPS, "seed": 7}}}
 
     def scaled(self, lane: Lane) -> list[dict[str, Any]]:
         whole = self.leg(SCALED, lane, STEPS, f"whole@{lane}", f"whole@{lane}")
@@ -149,3 +165,27 @@ def test_the_loss_scale_is_carried(lane: Lane, runs: Runs) -> None:
     skipped = runs.of(SCALED, lane, "skipped")
     assert any(skipped[:MIDDLE])
     assert any(skipped[MIDDLE:])
+
+
+@pytest.mark.parametrize("lane", ALONE, ids=str)
+def test_nan_gradients_are_counted_by_the_guards_wherever_they_are_seen_first(lane: Lane, runs: Runs) -> None:
+    """DeepSpeed skips them on its own at some stages, without asking."""
+    found = runs.results[f"lost@{lane}"]
+    assert found["skipped"] == [False] * 5 + [True, False, True, True]
+    assert found["failure"].startswith("2 steps in a row were skipped (stability.stop_after is 2)")
+
+
+@pytest.mark.parametrize("lane", FROZEN_LANES, ids=str)
+def test_frozen_parameters_and_buffers_come_from_the_checkpoint(lane: Lane, runs: Runs) -> None:
+    from safetensors.torch import load_file
+
+    before, after = (
+        load_file(runs.folder / str(lane) / f"step-{step:08d}" / "weights.safetensors") for step in (2, 4)
+    )
+    moments = load_file(runs.folder / str(lane) / "step-00000004" / "moments.safetensors")
+    assert before.keys() == after.keys()
+    frozen = [name for name in before if "frozen" in name or "scale" in name]
+    assert len(frozen) == 3
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == (name in frozen), name
+    assert not [name for name in moments if "frozen" in name]
