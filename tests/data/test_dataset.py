@@ -215,3 +215,26 @@ def test_one_sequence_is_enough_for_a_batch_of_one(opened: Opener) -> None:
     data = opened(tokens=11, batch=1, micro=1)
     assert (data.sequences, data.held_out_sequences) == (1, 0)
     assert [data.sequence_ids(step).tolist() for step in range(3)] == [[0], [0], [0]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc/self/smaps")
+def test_reading_a_mapped_file_at_random_does_not_make_it_resident(tmp_path: Path, opened: Opener) -> None:
+    path = tmp_path / "tokens.bin"
+    np.random.default_rng(0).integers(0, 250, 8_000_000, dtype=np.uint16).tofile(path)
+    data = opened(
+        source="tokens", path=str(path), seq_len=128, model={"preset": "gpt2-nano", "vocab_size": 257}
+    )
+    for step in range(200):
+        data.micro_batches(step, 0, 1)
+    assert resident_bytes_of(path) < path.stat().st_size // 4
+
+
+def resident_bytes_of(path: Path) -> int:
+    """The resident part of this process's maps of a file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0] and not line.split(" ")[0].endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtrain.contract import IGNORED_TARGET, Batch
+from xtrain.data.mapped import give_back_pages
 from xtrain.data.order import Mask, Permutation
 from xtrain.data.sources import TokenStream, open_stream
 from xtrain.errors import RequestError, RunFailed
@@ -111,6 +112,7 @@ class Dataset:
             self._check_range(ids, tokens, targets)
         if self._mask is not None:
             targets[~self._mask.counted(ids)] = IGNORED_TARGET
+        give_back_pages(stream)
         return Batch(tokens, targets)
 
     def _check_range(self, ids: NDArray[np.int64], *parts: NDArray[np.int64]) -> None:
