@@ -18,6 +18,7 @@ from xtrain.contract import (
     LossSum,
     Memory,
     ModelSource,
+    OutOfMemory,
     Resolved,
     StateReader,
     StateTensor,
@@ -68,7 +69,17 @@ class DeepSpeedEngine:
         self.engine.train()
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
-        """Forward and backward of this rank's micro-batches, then one update of all ranks.
+        """One update of all ranks; a full device raises OutOfMemory on the rank that has it."""
+        before_update = True
+        try:
+            loss_sum = self._accumulate(step, trace)
+            before_update = False
+            return self._update(step, loss_sum, accept, trace)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(str(self.device), self.memory(), before_update) from error
+
+    def _accumulate(self, step: StepInput, trace: Trace) -> torch.Tensor:
+        """Forward and backward of this rank's micro-batches; returns its sum of token losses.
 
         DeepSpeed averages gradients over ranks, so the loss is multiplied by their number; it is told
         not to divide by the accumulation. What is left is the sum over the global batch, divided by
@@ -83,14 +94,21 @@ class DeepSpeedEngine:
                 self.engine.backward(loss * (self.data_size / step.target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if index != last:
-                self.engine.step()
+                self.engine.step()  # counts the micro-batch; DeepSpeed updates at the last one
+        return loss_sum
+
+    def _update(
+        self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None, trace: Trace
+    ) -> StepResult:
         scale = self.scaler.scale if self.scaler else None
         with trace.span("optimizer"):
-            norm = self._update(step, loss_sum, accept)
+            norm = self._clip_and_step(step, loss_sum, accept)
         skipped = self._vetoed or self._overflowed()
         return StepResult(step.step, step.target_tokens, loss_sum, norm, skipped, scale)
 
-    def _update(self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None) -> torch.Tensor | float:
+    def _clip_and_step(
+        self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None
+    ) -> torch.Tensor | float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = step.lr
         own_norm = clip_replicated(self.engine.module, self.spec.train.clip) if self.stage == 0 else None

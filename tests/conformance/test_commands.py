@@ -111,16 +111,33 @@ def test_run_starts_its_own_processes(folder: Path, expected: list[float]) -> No
 
 
 def test_run_joins_a_job_of_torchrun(folder: Path, expected: list[float]) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "xtrain", "run", "spec.yaml", "--backend", "deepspeed", "--out", "torchrun"]
+    torchrun: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command: list[str | Path] = [
+        *torchrun,
+        "-m",
+        "xtrain",
+        "run",
+        "spec.yaml",
+        "--backend",
+        "deepspeed",
+        "--out",
+        "torchrun",
+    ]
     finish(start(folder, command))
     assert agree(losses(folder / "torchrun"), expected)
     assert load_record(folder / "torchrun").world == 2
 
 
 def test_run_joins_a_job_of_the_deepspeed_launcher(folder: Path, expected: list[float]) -> None:
-    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--no_local_rank", "--module", "xtrain", "run"]
-    command = [*launcher, "spec.yaml", "--backend", "deepspeed", "--out", "launcher"]
+    launcher: list[str | Path] = [BIN / "deepspeed", "--num_gpus", "2", "--no_local_rank", "--module"]
+    command = [*launcher, "xtrain", "run", "spec.yaml", "--backend", "deepspeed", "--out", "launcher"]
     finish(start(folder, command, {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}))
     assert agree(losses(folder / "launcher"), expected)
     assert load_record(folder / "launcher").world == 2
@@ -157,7 +174,13 @@ def test_a_model_from_a_factory_trains_on_both_engines(folder: Path) -> None:
 
 def test_compare_puts_real_lanes_side_by_side(folder: Path) -> None:
     """A backend that does not exist is a row with its reason."""
-    command = [BIN / "xtrain", "compare", "spec.yaml", "--backends", "cpu,deepspeed,deepspeed:2,quantum"]
+    command: list[str | Path] = [
+        BIN / "xtrain",
+        "compare",
+        "spec.yaml",
+        "--backends",
+        "cpu,deepspeed,deepspeed:2,quantum",
+    ]
     process = start(folder, [*command, "--out", "comparison"])
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors[-3000:]
