@@ -35,12 +35,16 @@ from tests.conformance.cases import (
 )
 from tests.conformance.plain import Curve, train
 from xtrain import registry
+from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
 
 FP32_TOLERANCE = 1e-5
 """Relative; measured: losses 2.2e-7, norms 7e-7 at most, over all lanes."""
+
+UPDATE_TOLERANCE = 5e-3
+"""Of a parameter's largest change. Adam's first update is g / |g|: it blows up the rounding of a small g."""
 
 MIXED_TOLERANCE = 1e-3
 """Relative; measured: at most 1e-4 on one process, 3e-4 on two. bf16 itself differs from fp32 by 3e-3."""
@@ -124,11 +128,19 @@ def test_one_update_from_equal_states_gives_equal_parameters(
 ) -> None:
     """Parameter by parameter, so that twenty steps of chaos can neither hide nor fake a fault."""
     found, expected = lanes.weights(training, lane), lanes.weights(training, REFERENCE)
-    assert found.keys() == expected.keys()
+    before = initial_weights()
+    assert found.keys() == expected.keys() == before.keys()
     for name, value in expected.items():
         compared = ~key_bias(name, value)
-        change = np.abs(found[name] - value)[compared].max()
-        assert change <= FP32_TOLERANCE * np.abs(value[compared]).max(), name
+        update = (value - before[name])[compared]
+        error = np.abs(found[name] - value)[compared].max()
+        assert error <= UPDATE_TOLERANCE * np.abs(update).max(), name
+
+
+@cache
+def initial_weights() -> dict[str, np.ndarray]:
+    model = model_source(Spec.model_validate(ONE_UPDATE[0].on(REFERENCE).spec), 257).build()
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
 def key_bias(name: str, value: np.ndarray) -> np.ndarray:

@@ -279,7 +279,7 @@ class Checkpoint(Section):
     every_minutes: Positive | None = Field(None, description="minutes between checkpoints")
     keep: Count = Field(3, description="how many of the latest stay")
     best: Flag = Field(False, description="also keep the one with the lowest eval_loss")
-    background: Flag = Field(True, description="write while training goes on")
+    background: Flag = Field(False, description="write while training goes on")
     on_error: Literal["continue", "stop"] = Field("continue", description="when one cannot be written")
 
 
