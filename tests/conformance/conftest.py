@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.conformance.cases import Case
+from tests.conformance.environment import ROOT, job_environment
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
 
 Results = dict[str, Any]
@@ -34,19 +33,14 @@ def run_cases(
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         command = [sys.executable, *(launcher if world > 1 else []), *module]
         done = subprocess.run(
-            command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+            command,
+            cwd=ROOT,
+            env=job_environment(world),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((out / "results.json").read_text()), out
 
     return run
-
-
-def _environment() -> dict[str, str]:
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(ROOT),
-        "XTRAIN_EMULATED_FP16": "1",
-    }
-    return {**os.environ, **quiet}

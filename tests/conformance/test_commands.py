@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conformance.environment import job_environment
 from xtrain.metrics import read_metrics
 from xtrain.record import load_record
 
@@ -61,11 +62,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(
     folder: Path, command: Sequence[str | Path], environ: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=folder,
-        env={**os.environ, **quiet, **(environ or {})},
+        env={**job_environment(world=2), **(environ or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -145,7 +145,15 @@ def test_run_joins_a_job_of_the_deepspeed_launcher(folder: Path, expected: list[
 
 def test_run_joins_a_step_of_srun(folder: Path, expected: list[float]) -> None:
     """With the variables that srun sets; there is no SLURM here."""
-    command = [BIN / "xtrain", "run", "spec.yaml", "--backend", "deepspeed", "--out", "slurm"]
+    command: list[str | Path] = [
+        BIN / "xtrain",
+        "run",
+        "spec.yaml",
+        "--backend",
+        "deepspeed",
+        "--out",
+        "slurm",
+    ]
     step = {
         "SLURM_JOB_ID": str(10_000 + os.getpid() % 9_000),
         "SLURM_STEP_ID": "0",

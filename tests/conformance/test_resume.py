@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.conformance.cases import FP16, SGD_UNCLIPPED, SHARDING, STEPS, Lane, Training
+from tests.conformance.environment import ROOT, job_environment
 from tests.conformance.plain import train
 from tests.conformance.resume_worker import run_leg
 from xtrain.contract import Job
@@ -22,7 +22,6 @@ from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
 TOLERANCE = 1e-5
 """Relative, in fp32, against the uninterrupted plain run."""
@@ -100,11 +99,10 @@ class Runs:
         module = ["-m", "tests.conformance.resume_worker", str(out / "plan.json"), str(out)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         command = [sys.executable, *(launcher if world > 1 else []), *module]
-        environ = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XTRAIN_EMULATED_FP16": "1"}
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, **environ},
+            env=job_environment(world),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
