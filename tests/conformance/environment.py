@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def job_environment(world: int) -> dict[str, str]:
-    """One thread each, so that they do not fight for cores; on the CPU where not each has a GPU of its own."""
+    """One thread each, so that they do not fight for cores; on the CPU where not each has its own GPU."""
     own = {
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
