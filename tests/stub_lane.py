@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it is started as a script
+
 from tests.sample_runs import sample_steps, write_run
 
 behaviour, directory = sys.argv[1], Path(sys.argv[2])

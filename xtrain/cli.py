@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,9 @@ class Edge(click.Group):
     """The one place where errors become messages and exit codes. A traceback means a bug of ours."""
 
     def invoke(self, context: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a name is no reason to fail
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(context)
         except XtrainError as error:

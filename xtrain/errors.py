@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 
 from xtrain.contract import Problem
@@ -47,3 +48,17 @@ class SpecError(RequestError):
 
 class BackendError(RequestError):
     """A backend that does not exist, cannot run here, or cannot honour the spec."""
+
+
+def described(error: BaseException) -> str:
+    """Its kind, its message, and the line of the user's own code where it happened."""
+    places = traceback.extract_tb(error.__traceback__)
+    own = [
+        place
+        for place in places
+        if "site-packages" not in place.filename and "importlib" not in place.filename
+    ]
+    where = f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError):
+        where = f" (at {error.filename}:{error.lineno})"
+    return f"{type(error).__name__}: {error}{where}"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from xtrain.checkpoints.manager import set_aside_after
 from xtrain.contract import Resolved
-from xtrain.errors import RequestError
 from xtrain.metrics import MetricsError, MetricsLog
 from xtrain.request import Request
 from xtrain.resume import Start
@@ -77,10 +76,10 @@ def _run_of(resume: Path) -> Path:
 
 @contextmanager
 def discarded_on_refusal(directory: RunDirectory | None) -> Iterator[None]:
-    """A run that was refused before it began leaves no directory behind."""
+    """A run that did not begin, whatever stopped it, leaves no directory behind."""
     try:
         yield
-    except RequestError:
+    except BaseException:
         if directory is not None:
             shutil.rmtree(directory.path, ignore_errors=True)
         raise

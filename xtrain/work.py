@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -146,7 +146,8 @@ class Run:
         except OSError as error:
             also = f"{ended.failure}; and " if ended.failure else ""
             raise RunFailed(f"{also}cannot write {self.directory.record}: {error.strerror}") from error
-        print(render_summary(record, self.directory.path), flush=True)
+        with suppress(OSError):  # a reader that went away changes nothing about the run
+            print(render_summary(record, self.directory.path), flush=True)
 
     def _tell(self, ended: Outcome) -> int:
         """How to go on, where there is something left to do."""

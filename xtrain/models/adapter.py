@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from xtrain.errors import RequestError
+from xtrain.errors import RunFailed, described
 from xtrain.models.loss import cross_entropy_sum
 
 
@@ -18,11 +18,22 @@ class LogitsLoss(nn.Module):
         self.origin = origin
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        output = self.model(tokens)
+        try:
+            output = self.model(tokens)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RunFailed(
+                f"the model of {self.origin} failed in its forward: {described(error)}"
+            ) from error
+        except RuntimeError as error:
+            if "memory" in str(error).lower():  # a full device is the engine's to tell
+                raise
+            raise RunFailed(
+                f"the model of {self.origin} failed in its forward: {described(error)}"
+            ) from error
         logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise RequestError(
+            raise RunFailed(
                 f"the model of {self.origin} returned {found} for tokens {tuple(tokens.shape)}; "
                 "expected logits [batch, seq, vocabulary]"
             )

@@ -6,14 +6,16 @@ torch is imported when a model is built, not before.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import ModelSource
-from xtrain.errors import RequestError
+from xtrain.errors import RequestError, XtrainError, described
 from xtrain.models.presets import dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
@@ -88,19 +90,34 @@ class FactorySource:
         function = _find_factory(self.factory)
         torch.manual_seed(self.seed)
         try:
-            model = function(**self.args)
+            inspect.signature(function).bind(**self.args)
         except TypeError as error:
             raise RequestError(
                 f"model.factory {self.factory} cannot be called with model.args {self.args}: {error}"
             ) from error
+        with _users_code(f"model.factory {self.factory} failed"):
+            model = function(**self.args)
         if not isinstance(model, torch.nn.Module):
             raise RequestError(
                 f"model.factory {self.factory} returned a {type(model).__name__}, expected a torch.nn.Module"
             )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise RequestError(f"model.factory {self.factory} returned a model with nothing to train in it")
         return LogitsLoss(model.float(), f"model.factory {self.factory}")
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
+
+
+@contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the user's to mend: told with its place, not as a traceback."""
+    try:
+        yield
+    except XtrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RequestError(f"{what}: {described(error)}") from error
 
 
 def _find_factory(factory: str) -> Callable[..., Any]:
@@ -109,13 +126,14 @@ def _find_factory(factory: str) -> Callable[..., Any]:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            f"model.factory {factory}: no module named {error.name!r} "
-            f"(looked in {here} and in the installed packages)"
-        ) from error
+    with _users_code(f"model.factory {factory} cannot be imported"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise RequestError(
+                f"model.factory {factory}: no module named {error.name!r} "
+                f"(looked in {here} and in the installed packages)"
+            ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise RequestError(f"model.factory {factory}: {module_name} has no function {attribute!r}")
