@@ -106,3 +106,7 @@ def test_guide_for_backends_explains_every_member_of_the_contract(protocol: type
     public = {name for name in members if not name.startswith("_")}
     assert public
     assert {name for name in public if not re.search(rf"`{name}\b", guide)} == set()
+
+
+def test_no_output_is_left_to_be_filled_in() -> None:
+    assert "REAL OUTPUT" not in (ROOT / "README.md").read_text()

@@ -56,7 +56,7 @@ REFUSED = {
     "missing:build": "model.factory missing:build: no module named 'missing'",
 }
 FAILED = {
-    "own:failing": "the model of model.factory own:failing failed in its forward: ValueError: no idea what to do",
+    "own:failing": "the model of model.factory own:failing failed in its forward: ValueError: no idea",
     "own:flat": "the model of model.factory own:flat returned (1,) for tokens (4, 16); expected logits",
     "own:small": "the model of model.factory own:small failed in its forward: IndexError:",
 }
