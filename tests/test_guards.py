@@ -7,7 +7,7 @@ import pytest
 
 from xtrain.contract import StepValues
 from xtrain.errors import RunFailed
-from xtrain.guards import FLOOR_OVERFLOWS, Guards, OverflowWatch
+from xtrain.guards import FLOOR_OVERFLOWS, DivergenceWatch, Guards, OverflowWatch
 from xtrain.spec.tree import Precision, Stability
 
 
@@ -124,3 +124,10 @@ def test_other_steps_break_the_row_of_overflows(between: StepValues) -> None:
     for step in range(3 * FLOOR_OVERFLOWS):
         bad = values(step, True, math.inf, 4.0)
         watch.check(between if step % FLOOR_OVERFLOWS == FLOOR_OVERFLOWS - 1 else bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_a_run_without_guards(bad: float) -> None:
+    DivergenceWatch().check(values(9, False, 1.0, None))
+    with pytest.raises(RunFailed, match="the loss of step 8 is"):
+        DivergenceWatch().check(StepValues(7, bad, 1.0, False, None))

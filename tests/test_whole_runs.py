@@ -193,3 +193,21 @@ def test_the_null_backend_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
         assert "heavy []" in done.stdout
     assert steps(out) == list(range(1, 13))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_saved(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(tmp_path, "--out", out, backend="cpu", optimizer__lr="1e38", schedule="{name: constant}")
+    assert result.exit_code == 1
+    assert "error: the loss of step " in result.stderr and "is nan: the training diverged" in result.stderr
+    assert "set stability: {}" in result.stderr
+    assert checkpoints(out) == []
+    assert load_record(out).status == "failed"
+
+
+def test_with_stability_such_steps_are_skipped_instead(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sets = {"optimizer__lr": "1e38", "schedule": "{name: constant}", "stability": "{}"}
+    result = run(tmp_path, "--out", out, backend="cpu", **sets)
+    assert result.exit_code == 0
+    assert load_record(out).totals.skipped > 0

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from xtrain import __version__
-from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, XtrainError
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, XtrainError
 
 Command = TypeVar("Command", bound=click.Command)
 
@@ -160,3 +160,36 @@ def compare(spec: Path, lanes: str, out: Path, overrides: tuple[str, ...]) -> No
     comparison = run_lanes(spec, lanes.split(","), out, overrides)
     click.echo(render_terminal(comparison))
     raise SystemExit(comparison.exit_code)
+
+
+@main.command()
+@click.option(
+    "--grad-check",
+    "checked",
+    metavar="SPEC",
+    type=click.Path(path_type=Path),
+    help="Hold this spec's gradients, on --backend, against bare torch on the CPU.",
+)
+@BACKEND
+@SET
+@click.option("--tolerance", type=click.FloatRange(min=0.0), help="Largest relative error.  [default: 0.001]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+def doctor(
+    checked: Path | None, backend: str, overrides: tuple[str, ...], tolerance: float | None, as_json: bool
+) -> None:
+    """Tell everything about this machine and its backends; or check gradients of a spec on it.
+
+    With --grad-check it exits with 1 when a gradient is wrong.
+    """
+    from xtrain import doctor as room
+
+    if checked is None:
+        diagnosis = room.diagnose()
+        click.echo(json.dumps(diagnosis.as_json(), indent=2) if as_json else room.render(diagnosis))
+        return
+    from xtrain.gradcheck import TOLERANCE, check_gradients
+
+    result = check_gradients(checked, overrides, backend, TOLERANCE if tolerance is None else tolerance)
+    report = json.dumps(room.grad_check_json(result), indent=2) if as_json else room.render_grad_check(result)
+    click.echo(report)
+    raise SystemExit(EXIT_DONE if result.right else EXIT_FAILED)

@@ -99,6 +99,10 @@ class Backend(Protocol):
         """Is it usable on this machine? May import torch; never raises."""
         ...
 
+    def facts(self) -> Mapping[str, JSON]:
+        """For `xtrain doctor`: dtypes, limits, settings on this machine. May import torch; never raises."""
+        ...
+
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         """Every key of `spec` that this backend cannot honour with `world` processes.
 

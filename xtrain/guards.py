@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from xtrain.contract import JSON, StepValues
 from xtrain.errors import RunFailed
-from xtrain.spec.tree import Precision, Stability
+from xtrain.spec.tree import Precision, Spec, Stability
 
 FLOOR_OVERFLOWS = 5
 """Overflows in a row, with the loss scale as low as it may go, that end a run."""
@@ -84,6 +84,37 @@ class Guards:
             return ""
         return (
             f"the loss {loss:.4g} is above {times:g} x {mean:.4g}, the mean of the last {len(self._losses)}"
+        )
+
+
+class Watch(Protocol):
+    """Looks at every update once it is known, and ends a run that has no future."""
+
+    def check(self, values: StepValues) -> None:
+        """Take in one step; raises RunFailed."""
+        ...
+
+
+def watches(spec: Spec) -> list[Watch]:
+    """Those that fit `spec`: with `stability` the user said what is to be done with a NaN."""
+    if spec.precision.dtype == "fp16":
+        return [OverflowWatch(spec.precision)]
+    return [] if spec.stability else [DivergenceWatch()]
+
+
+class DivergenceWatch:
+    """Ends a run at its first loss that is no number: the weights it updates are ruined, or will be.
+
+    It is seen when a logging window closes, before anything is saved.
+    """
+
+    def check(self, values: StepValues) -> None:
+        if math.isfinite(values.loss):
+            return
+        raise RunFailed(
+            f"the loss of step {values.step + 1} is {values.loss}: the training diverged, or its data or model "
+            "is faulty. Lower optimizer.lr or lengthen schedule.warmup, and go on from a checkpoint before "
+            "it began; or set stability: {} to have such steps skipped and counted"
         )
 
 

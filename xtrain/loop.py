@@ -7,7 +7,7 @@ are until a window closes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from xtrain.checkpoints.manager import Checkpointer
 from xtrain.contract import Engine, StepInput, StepResult, Trace
 from xtrain.data import Dataset
-from xtrain.guards import Guards, OverflowWatch
+from xtrain.guards import Guards, Watch
 from xtrain.machine import resident_bytes
 from xtrain.metrics import StepRecord
 from xtrain.trace import NullTrace, SampledTrace, is_traced
@@ -51,7 +51,7 @@ class Loop:
     window_steps: int
     eval_every: int = 0
     guards: Guards | None = None
-    overflows: OverflowWatch | None = None
+    watches: Sequence[Watch] = ()
     checkpointer: Checkpointer | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     """Of this process; the ranks agree on it."""
@@ -135,9 +135,9 @@ class Loop:
             self.checkpointer.evaluated(records[-1].step, records[-1].eval_loss)
         if trace and trace.peak_live_bytes is not None:
             self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
-        if self.overflows:
+        for watch in self.watches:
             for value in values:
-                self.overflows.check(value)
+                watch.check(value)
         window.results.clear()
         window.learning_rates.clear()
         window.seconds.clear()

@@ -13,7 +13,7 @@ from xtrain.choose import Choice
 from xtrain.contract import Counter, Job, OutOfMemory
 from xtrain.data import open_data
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, RunFailed
-from xtrain.guards import Guards, OverflowWatch
+from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
@@ -95,7 +95,7 @@ class Run:
             spec.log.every_steps,
             spec.train.eval_every,
             self.guards,
-            OverflowWatch(spec.precision),
+            watches(spec),
             self._checkpointer(observer),
             lambda: self.stop.requested,
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 
-from .environment import prepare, probe
+from .environment import facts, prepare, probe
 from .support import find_notes, find_problems
 from .translate import stage_of, translate
 
@@ -21,6 +22,9 @@ class DeepSpeedBackend:
 
     def probe(self) -> Availability:
         return probe()
+
+    def facts(self) -> Mapping[str, JSON]:
+        return facts() if probe().usable else {}
 
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         return find_problems(spec, world)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from xtrain.allocator import keep_freed_memory
 from xtrain.contract import (
     IGNORED_TARGET,
     JSON,
@@ -49,6 +50,8 @@ class DeepSpeedEngine:
         self.stage = stage_of(spec)
         self.device = device_of(job)
         self.asynchronous = self.device.type != "cpu"
+        if not self.asynchronous:
+            keep_freed_memory()
         start_process_group(job, self.device)
         fp16 = spec.precision.dtype == "fp16"
         if fp16:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtrain.contract import Availability, Job
+from xtrain.contract import JSON, Availability, Job
 from xtrain.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,6 +46,27 @@ def probe() -> Availability:
             False, f"DeepSpeed {installed} compiles an operator for the CPU and needs {' and '.join(missing)}"
         )
     return Availability(True, f"DeepSpeed {installed} on the CPU", preference=0)
+
+
+def facts() -> dict[str, JSON]:
+    """What `xtrain doctor` shows: the accelerator as DeepSpeed sees it, and what it can compile here."""
+    prepare()
+    with redirect_stdout(io.StringIO()):
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        accelerator = get_accelerator()
+        nvme = AsyncIOBuilder().is_compatible(verbose=False)
+    return {
+        "accelerator": accelerator.device_name(),
+        "communication": accelerator.communication_backend_name(),
+        "bf16": "yes" if accelerator.is_bf16_supported() else "no",
+        "fp16": "yes" if accelerator.is_fp16_supported() else "no",
+        "compiler": shutil.which("g++") or "none: install g++",
+        "ninja": shutil.which("ninja") or "none: pip install ninja",
+        "NVMe offload (libaio)": "yes" if nvme else "no: install libaio's headers (libaio-dev)",
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR"),
+    }
 
 
 def prepare() -> None:

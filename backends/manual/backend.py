@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
@@ -25,6 +26,12 @@ class ManualBackend:
         from .devices import device_of
 
         return device_of(self.name).probe()
+
+    def facts(self) -> Mapping[str, JSON]:
+        from .devices import device_of
+
+        device = device_of(self.name)
+        return device.facts() if device.probe().usable else {}
 
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         return find_problems(spec, world, self.name)

@@ -8,8 +8,10 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import psutil
 import torch
 
+from xtrain.allocator import keep_freed_memory
 from xtrain.contract import JSON, Availability, Counter
 
 
@@ -24,6 +26,9 @@ class Device(ABC):
     @abstractmethod
     def probe(self) -> Availability: ...
 
+    def prepare(self) -> None:
+        """Before an engine makes its first tensor."""
+
     @abstractmethod
     def synchronize(self) -> None: ...
 
@@ -34,6 +39,10 @@ class Device(ABC):
     @abstractmethod
     def reserved(self) -> Counter | None:
         """Bytes the allocator or driver holds."""
+
+    def facts(self) -> dict[str, JSON]:
+        """What `xtrain doctor` shows of a usable one."""
+        return {dtype: self.lacks(dtype) or "yes" for dtype in ("fp32", "bf16", "fp16")}
 
     def lacks(self, dtype: str) -> str:
         """Why it cannot compute in "bf16" or "fp16"; empty when it can."""
@@ -81,6 +90,9 @@ class Cpu(Device):
         reason = f"{platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"
         return Availability(True, reason, preference=10)
 
+    def prepare(self) -> None:
+        keep_freed_memory()
+
     def synchronize(self) -> None:
         pass
 
@@ -89,6 +101,14 @@ class Cpu(Device):
 
     def reserved(self) -> Counter | None:
         return None
+
+    def facts(self) -> dict[str, JSON]:
+        return {
+            **super().facts(),
+            "threads": torch.get_num_threads(),
+            "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "memory free, bytes": psutil.virtual_memory().available,
+        }
 
     def lacks(self, dtype: str) -> str:
         return "" if dtype != "fp16" or cpu_computes_fp16() else NO_FP16
@@ -128,10 +148,32 @@ class Cuda(Device):
         if "cuda" in state:
             torch.cuda.set_rng_state(_decode(state["cuda"]))
 
+    def facts(self) -> dict[str, JSON]:
+        gpu = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
+        return {
+            **super().facts(),
+            "GPUs": torch.cuda.device_count(),
+            "compute capability": f"{gpu.major}.{gpu.minor}",
+            "CUDA of this torch": torch.version.cuda,
+            "memory, bytes": total,
+            "memory free, bytes": free,
+            "TF32 in fp32 products": torch.backends.cuda.matmul.allow_tf32,
+            "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        }
+
     def lacks(self, dtype: str) -> str:
         if dtype != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False):
             return ""
         return "this GPU has no bf16 arithmetic; use precision: fp16"
+
+
+MPS_SETTINGS = {
+    "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "not set (torch: 1.7 x the working set, then out of memory)",
+    "PYTORCH_MPS_LOW_WATERMARK_RATIO": "not set (torch: 1.4 x the working set, then memory is given back)",
+    "PYTORCH_ENABLE_MPS_FALLBACK": "not set (an operation without a kernel is an error, not slow)",
+}
+"""Environment variables that change what fits and what runs (torch/docs/source/mps_environment_variables)."""
 
 
 class Mps(Device):
@@ -165,6 +207,17 @@ class Mps(Device):
         super().set_random_state(state)
         if "mps" in state:
             torch.mps.set_rng_state(_decode(state["mps"]))
+
+    def facts(self) -> dict[str, JSON]:
+        return {
+            **super().facts(),
+            "fp64": "no Apple GPU has it",
+            "macOS": platform.mac_ver()[0],
+            "working set recommended by Metal, bytes": torch.mps.recommended_max_memory(),
+            "memory of the driver now, bytes": torch.mps.driver_allocated_memory(),
+            "unified memory free, bytes": psutil.virtual_memory().available,
+            **{name: os.environ.get(name, default) for name, default in MPS_SETTINGS.items()},
+        }
 
     def lacks(self, dtype: str) -> str:
         if dtype != "bf16" or torch.backends.mps.is_macos_or_newer(14, 0):

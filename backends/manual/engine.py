@@ -41,6 +41,7 @@ class ManualEngine:
     data_size = 1
 
     def __init__(self, spec: Spec, source: ModelSource, device: Device) -> None:
+        device.prepare()
         self.device = device
         self.asynchronous = device.asynchronous
         self.clip = spec.train.clip

@@ -40,6 +40,9 @@ class NullBackend:
     def probe(self) -> Availability:
         return Availability(True, "scripted losses; trains nothing")
 
+    def facts(self) -> Mapping[str, JSON]:
+        return {}
+
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         if world == 1:
             return []
