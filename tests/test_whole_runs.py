@@ -199,7 +199,8 @@ def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_saved(tmp_path
     out = tmp_path / "out"
     result = run(tmp_path, "--out", out, backend="cpu", optimizer__lr="1e38", schedule="{name: constant}")
     assert result.exit_code == 1
-    assert "error: the loss of step " in result.stderr and "is nan: the training diverged" in result.stderr
+    assert "error: the loss of step " in result.stderr
+    assert "is nan: the training diverged" in result.stderr
     assert "set stability: {}" in result.stderr
     assert checkpoints(out) == []
     assert load_record(out).status == "failed"

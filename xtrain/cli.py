@@ -193,3 +193,28 @@ def doctor(
     report = json.dumps(room.grad_check_json(result), indent=2) if as_json else room.render_grad_check(result)
     click.echo(report)
     raise SystemExit(EXIT_DONE if result.right else EXIT_FAILED)
+
+
+@main.command()
+@click.option(
+    "--formula",
+    required=True,
+    help="simple, master, half, zero, paper, activations, communication, parallel.",
+)
+@click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
+@click.option("--gpus", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
+@click.option("--seq", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens.")
+@click.option("--hidden", type=click.IntRange(min=1), default=4096, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", show_default=True, help="A number's."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, in bytes.")
+def plan(formula: str, params: float, bytes_: str, as_json: bool, **sizes: int) -> None:
+    """Estimate memory before training: the simple estimates that people quote, with what each counts."""
+    from xtrain.plan.estimates import estimate, render
+
+    found = estimate(formula, params=params, bytes=int(bytes_), **sizes)
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else render(found))

@@ -1,4 +1,4 @@
-"""`xtrain doctor`: the machine, the versions and every backend, as one would be asked for them in a bug report."""
+"""`xtrain doctor`: the machine, the versions and every backend, for people and for bug reports."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def render_grad_check(check: GradCheck) -> str:
         for one in shown
     ]
     table = tabulate(
-        rows, headers=["parameter", "gradient norm", "relative error", ""], tablefmt="simple", disable_numparse=True
+        rows,
+        headers=["parameter", "gradient norm", "relative error", ""],
+        tablefmt="simple",
+        disable_numparse=True,
     )
     left = len(check.parameters) - len(shown)
     more = f"\n... and {left} more, each with a smaller error" if left > 0 else ""

@@ -163,4 +163,3 @@ def _error(expected: Any, found: Any, scale: float) -> float:
         return float("inf")
     error = float((found.reshape(expected.shape) - expected).norm()) / scale if scale else 0.0
     return error if error == error else float("inf")
-

@@ -112,9 +112,9 @@ class DivergenceWatch:
         if math.isfinite(values.loss):
             return
         raise RunFailed(
-            f"the loss of step {values.step + 1} is {values.loss}: the training diverged, or its data or model "
-            "is faulty. Lower optimizer.lr or lengthen schedule.warmup, and go on from a checkpoint before "
-            "it began; or set stability: {} to have such steps skipped and counted"
+            f"the loss of step {values.step + 1} is {values.loss}: the training diverged, or its data or "
+            "model is faulty. Lower optimizer.lr or lengthen schedule.warmup, and go on from a checkpoint "
+            "before it began; or set stability: {} to have such steps skipped and counted"
         )
 
 

@@ -27,7 +27,8 @@ class Device(ABC):
     def probe(self) -> Availability: ...
 
     def prepare(self) -> None:
-        """Before an engine makes its first tensor."""
+        """Before an engine makes its first tensor: most have nothing to do."""
+        return
 
     @abstractmethod
     def synchronize(self) -> None: ...

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-GB = 1e9
-GIB = float(1 << 30)
+from xtrain.contract import JSON
+
+Unit = Literal["GB", "GiB", "x"]
 
 FP32, HALF = 4, 2
 """Bytes per number."""
@@ -19,7 +21,7 @@ ADAM_MOMENTS = 2 * FP32
 ACTIVATION_FACTOR = 10
 """Tensors of batch x seq x hidden that the simple estimate counts per layer."""
 PAPER_K = 12
-"""Bytes per parameter of the optimizer in mixed precision: fp32 master, exp_avg, exp_avg_sq (ZeRO, section 3.1)."""
+"""Bytes per parameter of the optimizer: fp32 master, exp_avg, exp_avg_sq (Rajbhandari et al. 2020, 3.1)."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class Estimate:
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[float]]
-    unit: str = "GB"
+    unit: Unit = "GB"
     notes: Sequence[str] = ()
 
-    @property
-    def divisor(self) -> float:
-        return {"GB": GB, "GiB": GIB, "x": 1.0}[self.unit]
+    def as_json(self) -> dict[str, JSON]:
+        """Figures in bytes (in parameters where the unit is x)."""
+        rows: dict[str, JSON] = {
+            name: dict(zip(self.columns, row, strict=True)) for name, row in self.rows.items()
+        }
+        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
 
 def simple(sizes: Sizes) -> Estimate:
@@ -180,7 +185,7 @@ def parallel(sizes: Sizes) -> Estimate:
     """Parameters per GPU under tensor and pipeline parallelism, by arithmetic, beside what is claimed."""
     whole = sizes.params * HALF
     rows = {
-        f"TP{tp} x PP{pp} x SP{sp}": [whole / (tp * pp), claimed * GB]
+        f"TP{tp} x PP{pp} x SP{sp}": [whole / (tp * pp), claimed * 1e9]
         for (tp, pp, sp), claimed in CLAIMED_PARAMETERS_GB.items()
     }
     return Estimate(
