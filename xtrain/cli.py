@@ -14,6 +14,7 @@ import click
 
 from xtrain import __version__
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, XtrainError
+from xtrain.plan.formulas import FORMULAS
 
 Command = TypeVar("Command", bound=click.Command)
 
@@ -196,25 +197,21 @@ def doctor(
 
 
 @main.command()
-@click.option(
-    "--formula",
-    required=True,
-    help="simple, master, half, zero, paper, activations, communication, parallel.",
-)
+@click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
+@click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
 @click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
-@click.option("--gpus", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--gpus", type=click.IntRange(min=1), default=4, show_default=True, help="Per node.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--device-memory", default="80GB", show_default=True, help="Of one GPU, such as 24GiB.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
 @click.option("--seq", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens.")
 @click.option("--hidden", type=click.IntRange(min=1), default=4096, show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option(
-    "--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", show_default=True, help="A number's."
-)
+@click.option("--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", help="Of a number.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, in bytes.")
-def plan(formula: str, params: float, bytes_: str, as_json: bool, **sizes: int) -> None:
-    """Estimate memory before training: the simple estimates that people quote, with what each counts."""
-    from xtrain.plan.estimates import estimate, render
+def plan(formula: str | None, advise: bool, as_json: bool, **question: Any) -> None:
+    """Estimate before training: what memory it takes, and how to divide it over a cluster."""
+    from xtrain.plan.command import answer
 
-    found = estimate(formula, params=params, bytes=int(bytes_), **sizes)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else render(found))
+    click.echo(answer(formula, advise, as_json, **question))

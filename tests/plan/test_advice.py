@@ -1,0 +1,71 @@
+"""The three scenarios of the source documents come out of the rules, and the rules react."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from xtrain.cli import main
+from xtrain.errors import RequestError
+from xtrain.plan.advice import Cluster, Shape, advise
+
+NODE = Cluster(nodes=1, gpus_per_node=8, device_bytes=80e9)
+EIGHT_NODES = Cluster(nodes=8, gpus_per_node=8, device_bytes=80e9)
+SEVEN = Shape(params=7e9, layers=32, hidden=4096, seq=4096, batch=1)
+SEVENTY = Shape(params=70e9, layers=80, hidden=8192, seq=4096, batch=1)
+
+
+def test_7b_on_one_node_is_data_parallel_with_sharded_state() -> None:
+    advice = advise(SEVEN, NODE)
+    assert (advice.data, advice.tensor, advice.pipeline, advice.sequence) == (8, 1, 1, 1)
+    assert advice.zero == "ZeRO-3 (FSDP)"
+
+
+def test_70b_on_eight_nodes_is_tp_4_pp_2_dp_8() -> None:
+    advice = advise(SEVENTY, EIGHT_NODES)
+    assert (advice.tensor, advice.pipeline, advice.data, advice.sequence) == (4, 2, 8, 1)
+    assert advice.degrees == "TP 4 x PP 2 x DP 8"
+    assert advice.figures["pipeline bubble, 8 micro-batches"].startswith("11%")
+
+
+def test_7b_with_8k_context_divides_sequences_and_wants_fused_attention() -> None:
+    advice = advise(dataclasses.replace(SEVEN, seq=8192), NODE)
+    assert (advice.sequence, advice.data, advice.tensor, advice.pipeline) == (2, 4, 1, 1)
+    assert "fused attention" in advice.reasons[0]
+
+
+def test_the_degrees_always_use_every_gpu() -> None:
+    for shape in (SEVEN, SEVENTY, dataclasses.replace(SEVENTY, seq=32_768)):
+        advice = advise(shape, EIGHT_NODES)
+        assert advice.data * advice.tensor * advice.pipeline * advice.sequence == EIGHT_NODES.gpus
+
+
+def test_smaller_devices_divide_the_model_further() -> None:
+    small = dataclasses.replace(EIGHT_NODES, device_bytes=40e9)
+    assert advise(SEVENTY, small).tensor * advise(SEVENTY, small).pipeline > 8
+
+
+def test_what_fits_nowhere_is_refused() -> None:
+    with pytest.raises(RequestError, match="do not fit on 8 GPUs"):
+        advise(dataclasses.replace(SEVENTY, params=1e12), NODE)
+
+
+def test_the_command_prints_degrees_reasons_and_figures() -> None:
+    words = "plan --advise --params 70e9 --layers 80 --hidden 8192 --seq 4096 --batch 1 --gpus 8 --nodes 8"
+    command = [*words.split(), "--device-memory", "80GB"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "TP 4 x PP 2 x DP 8" in result.stdout
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False).stdout)
+    assert (told["tensor"], told["pipeline"], told["data"]) == (4, 2, 8)
+
+
+@pytest.mark.parametrize("memory", ["", "80", "80 apples", "-1GB"])
+def test_memory_must_have_a_unit(memory: str) -> None:
+    command = ["plan", "--advise", "--device-memory", memory]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "expected a size such as 24GiB or 80GB" in result.stderr

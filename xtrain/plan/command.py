@@ -1,0 +1,91 @@
+"""`xtrain plan`: a question from the command line, and its answer as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from tabulate import tabulate
+
+from xtrain.errors import RequestError
+from xtrain.plan.advice import Advice, Cluster, Shape, advise
+from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
+
+DIVISORS = {"GB": 1e9, "GiB": float(1 << 30), "x": 1.0}
+UNITS = {
+    "GB": 1e9,
+    "GIB": float(1 << 30),
+    "MB": 1e6,
+    "MIB": float(1 << 20),
+    "TB": 1e12,
+    "TIB": float(1 << 40),
+}
+
+
+def answer(
+    formula: str | None,
+    wants_advice: bool,
+    as_json: bool,
+    *,
+    params: float,
+    gpus: int,
+    nodes: int,
+    device_memory: str,
+    batch: int,
+    seq: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    bytes_: str,
+) -> str:
+    """Raises RequestError for a question that is none."""
+    if (formula is None) is not wants_advice:
+        raise RequestError("xtrain plan: expected either --formula NAME or --advise")
+    if not 0 < params < float("inf"):
+        raise RequestError(f"--params: found {params:g}, expected a number above 0, such as 7e9")
+    found: Advice | Estimate
+    if formula is None:
+        cluster = Cluster(nodes, gpus, parse_bytes(device_memory))
+        found = advise(Shape(params, layers, hidden, seq, batch), cluster)
+    else:
+        sizes = Sizes(params, gpus * nodes, batch, seq, hidden, layers, heads, int(bytes_))
+        found = _formula(formula)(sizes)
+    if as_json:
+        return json.dumps(found.as_json(), indent=2)
+    return render_advice(found) if isinstance(found, Advice) else render_estimate(found)
+
+
+def _formula(name: str) -> Callable[[Sizes], Estimate]:
+    if name in FORMULAS:
+        return FORMULAS[name]
+    near = get_close_matches(name, FORMULAS, n=1)
+    hint = f"; nearest: {near[0]}" if near else ""
+    raise RequestError(f"--formula: found {name}, expected one of {', '.join(FORMULAS)}{hint}")
+
+
+def parse_bytes(text: str) -> float:
+    """ "24GiB" -> 24 x 2^30."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise RequestError(f"--device-memory: found {text!r}, expected a size such as 24GiB or 80GB")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def render_estimate(found: Estimate) -> str:
+    """The table, in its unit, and what it counts below."""
+    divisor = DIVISORS[found.unit]
+    rows = [[name, *(f"{value / divisor:,.2f}" for value in row)] for name, row in found.rows.items()]
+    table = tabulate(
+        rows, headers=["", *found.columns], tablefmt="simple", disable_numparse=True, stralign="right"
+    )
+    unit = "" if found.unit == "x" else f", {found.unit}"
+    return "\n".join([f"{found.title}{unit}", "", table, "", *(f"- {note}" for note in found.notes)])
+
+
+def render_advice(found: Advice) -> str:
+    """Degrees first, then the reasons in the order they were asked, then the arithmetic."""
+    figures = tabulate(list(found.figures.items()), tablefmt="plain", disable_numparse=True)
+    reasons = [f"- {reason}" for reason in found.reasons]
+    return "\n".join([f"{found.degrees}, sharding: {found.zero}", "", *reasons, "", figures])
