@@ -152,8 +152,8 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
                 tensor,
                 pipeline,
                 [
-                    f"{whole}: more than a node of {_gb(node)} can hold, and gathering it across nodes at every "
-                    "layer is slow: the model itself is divided",
+                    f"{whole}: more than a node of {_gb(node)} can hold, and gathering it across nodes at "
+                    "every layer is slow: the model itself is divided",
                     f"by {degree}, the least that fits: per GPU {_gb(working)} of weights and gradients, "
                     f"{_gb(sharded)} of optimizer (ZeRO-1), {_gb(kept / degree)} of checkpointed activations",
                     f"by tensors {tensor} (inside a node, {shape.hidden // tensor:,} columns each; narrower "
