@@ -117,6 +117,33 @@ def check(
 
 
 @main.command()
+@SPEC
+@click.option("--world", type=click.IntRange(min=1), help="Processes; overrides launch.processes.")
+@click.option("--backend", help="Whose config.  [default: the backend that has one]")
+@SET
+@click.option("--origins", is_flag=True, help="Each key with the spec key, default or rule it comes from.")
+@click.option("--standalone", is_flag=True, help="For a script without xtrain: optimizer and schedule too.")
+@click.option("--json", "as_json", is_flag=True, help="With --origins: as JSON on standard output.")
+def translate(
+    spec: Path,
+    world: int | None,
+    backend: str | None,
+    overrides: tuple[str, ...],
+    origins: bool,
+    standalone: bool,
+    as_json: bool,
+) -> None:
+    """Print the config that a backend is given for SPEC, every value concrete; starts nothing."""
+    from xtrain import translate as translation
+
+    loaded, settings = translation.translate_file(spec, overrides, backend, world, standalone)
+    if origins and not as_json:
+        click.echo(translation.as_table(settings, loaded))
+    else:
+        click.echo(json.dumps(translation.as_json(settings, loaded, origins), indent=2))
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
     from xtrain.spec.schema import json_schema

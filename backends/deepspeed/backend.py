@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
+from xtrain.translation import Imported, Setting
 
 from .environment import facts, prepare, probe
+from .standalone import find_standalone_problems, standalone_settings
 from .support import find_notes, find_problems
-from .translate import stage_of, translate
+from .translate import engine_settings, translate
+from .zero import stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -33,6 +36,20 @@ class DeepSpeedBackend:
         ds_config = translate(spec, world)
         settings: dict[str, JSON] = {"zero_stage": stage_of(spec), "ds_config": ds_config}
         return Resolved(self.name, spec, world, settings, find_notes(spec), {"ds_config.json": ds_config})
+
+    def translation(self, spec: Spec, world: int) -> list[Setting]:
+        return engine_settings(spec, world)
+
+    def standalone(self, spec: Spec, world: int) -> list[Setting]:
+        return standalone_settings(spec, world)
+
+    def standalone_problems(self, spec: Spec, world: int) -> list[Problem]:
+        return find_standalone_problems(spec)
+
+    def imported(self, config: Mapping[str, Any], world: int) -> Imported:
+        from .imports import import_config
+
+        return import_config(config, world)
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
         prepare()

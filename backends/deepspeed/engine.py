@@ -35,8 +35,8 @@ from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
-from .translate import stage_of
 from .votes import Votes
+from .zero import stage_of
 
 
 class DeepSpeedEngine:

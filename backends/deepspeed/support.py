@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
-from xtrain.spec.keys import refusals
+from xtrain.spec.keys import printed, refusals
 
-from .translate import STAGES, stage_of
+from .overrides import override_problems
+from .translate import declared_settings
+from .zero import STAGES, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -23,13 +25,19 @@ REFUSED = {
     "checkpoint.background": "use false",
     "memory.checkpointing": "use none",
     "memory.offload": "use none",
-    "deepspeed": "leave the section out",
 }
 """Keys whose technique comes later, with what to do until then."""
 
 
 def find_problems(spec: Spec, world: int) -> list[Problem]:
-    return [*refusals(spec, REFUSED), *batch_problems(spec, world), *_precision(spec), *_memory(spec)]
+    """What of `spec` cannot be honoured with `world` processes."""
+    return [
+        *refusals(spec, REFUSED),
+        *batch_problems(spec, world),
+        *_precision(spec),
+        *_memory(spec),
+        *override_problems(spec, declared_settings(spec, world)),
+    ]
 
 
 def find_notes(spec: Spec) -> list[str]:
@@ -57,6 +65,10 @@ def _precision(spec: Spec) -> Iterator[Problem]:
         yield Problem("precision", found, expected, "use fp16 (16-bit weights) or bf16")
     elif weights not in ("fp32", dtype):
         yield Problem("precision", found, "weights must be fp32 or of the same dtype", f"use {dtype}")
+    floor = spec.precision.min_loss_scale
+    if not floor.is_integer():
+        expected = "expected a whole number: DeepSpeed takes no other"
+        yield Problem("precision.min_loss_scale", printed(floor), expected, f"use {max(1, round(floor))}")
 
 
 def _memory(spec: Spec) -> Iterator[Problem]:

@@ -169,6 +169,7 @@ HONOURED = {
     "deepspeed": {
         **EVERYWHERE,
         "memory.sharding": "ds_config",
+        "deepspeed": "ds_config",
         "launch.processes": "launcher",
         "manual.devices": "noted",
         "manual.split": "noted",

@@ -1,0 +1,156 @@
+"""The zero_optimization and aio blocks: stage, buckets, offload.
+
+Sizes follow from the model where they can be known without building it (presets); DeepSpeed's own
+defaults, made for models of many billions, would gather all of a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xtrain.contract import JSON
+from xtrain.models.presets import dimensions
+from xtrain.translation import Setting
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import OffloadTarget, Spec
+
+STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}
+"""ZeRO stage by `memory.sharding`."""
+SMALLEST_BUCKET = 2**22
+"""Elements; below it a collective costs its latency, whatever its size."""
+BLOCK = "zero_optimization"
+MODEL = ("model.hidden",)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts of a model in parameters, as far as ZeRO's knobs need them."""
+
+    block: int
+    """One block's."""
+    largest: int
+    """The largest single parameter: the token embedding, or a matrix of a block."""
+    vector: int
+    """The largest bias: what is no longer than this is never partitioned."""
+    vectors: int
+    """All biases and norms together."""
+    matrices: int
+    """How many parameters are no vectors."""
+
+
+def pieces_of(spec: Spec) -> Pieces | None:
+    """Of a preset; None where the model is known only once it is built."""
+    if spec.model.preset is None:
+        return None
+    size = dimensions(spec)
+    h = size.hidden
+    return Pieces(
+        block=12 * h * h + 13 * h,
+        largest=max(size.vocab_size * h, size.positions * h, 4 * h * h),
+        vector=4 * h,
+        vectors=size.layers * 13 * h + 2 * h,
+        matrices=4 * size.layers + 2,
+    )
+
+
+def stage_of(spec: Spec) -> int:
+    """The ZeRO stage: what the spec shards, raised to 1 for 16-bit weights.
+
+    DeepSpeed 0.19.8 trains wrongly at stage 0 with its bf16 and fp16 blocks (the first update is
+    that of Adam's second step).
+    """
+    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
+    stage = STAGES[sharding]
+    return max(stage, 1) if spec.precision.weights != "fp32" else stage
+
+
+def zero_settings(spec: Spec, world: int) -> Iterator[Setting]:
+    """zero_optimization, and aio where something lives on a drive."""
+    stage, pieces = stage_of(spec), pieces_of(spec)
+    raised = "raised from 0: DeepSpeed trains 16-bit weights wrongly there" if _raised(spec) else ""
+    yield Setting(f"{BLOCK}.stage", stage, ("memory.sharding",), raised)
+    yield Setting(f"{BLOCK}.contiguous_gradients", True, (), "fixed: DeepSpeed's default, keeps memory whole")
+    yield Setting(f"{BLOCK}.overlap_comm", True, (), "fixed: reduce while backward goes on")
+    if pieces is not None:
+        yield from _buckets(pieces)
+    if stage == 3:
+        yield from _gathering(spec, pieces)
+    reason = "fixed: DeepSpeed's default replaces torch's linear in the whole process, and changes autocast"
+    yield Setting(f"{BLOCK}.memory_efficient_linear", False, (), reason)
+    if spec.memory != "auto":
+        yield from _offload(spec, pieces)
+
+
+def _raised(spec: Spec) -> bool:
+    return spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]
+
+
+def _buckets(pieces: Pieces) -> Iterator[Setting]:
+    bucket = max(pieces.block, SMALLEST_BUCKET)
+    rule = f"one block's parameters (12 h^2 + 13 h), at least {SMALLEST_BUCKET:,}"
+    yield Setting(f"{BLOCK}.reduce_bucket_size", bucket, MODEL, rule)
+    yield Setting(f"{BLOCK}.allgather_bucket_size", bucket, MODEL, rule)
+
+
+def _gathering(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
+    """How much stage 3 may have whole at once; gathered parameters stay below max_live_parameters."""
+    if pieces is not None:
+        on_drive = spec.memory != "auto" and spec.memory.offload.parameters.device == "nvme"
+        prefetch = 0 if on_drive else pieces.block
+        rule = "0: with parameters on a drive, swap buffers run out" if on_drive else "one block ahead"
+        yield Setting(f"{BLOCK}.stage3_prefetch_bucket_size", prefetch, MODEL, rule)
+        threshold, rule = pieces.vector, "biases and norms (up to 4 h) stay whole"
+        yield Setting(f"{BLOCK}.stage3_param_persistence_threshold", threshold, MODEL, rule)
+        live = 2 * (pieces.block + pieces.largest) + pieces.vectors
+        rule = "two blocks, the largest parameter in use and one ahead, and what always stays whole"
+        yield Setting(f"{BLOCK}.stage3_max_live_parameters", live, (*MODEL, "model.vocab_size"), rule)
+        rule = "one block: kept when it is needed again that soon"
+        yield Setting(f"{BLOCK}.stage3_max_reuse_distance", pieces.block, MODEL, rule)
+    reason = "fixed: xtrain saves fp32 weights by itself"
+    yield Setting(f"{BLOCK}.stage3_gather_16bit_weights_on_model_save", False, (), reason)
+
+
+def _offload(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
+    assert spec.memory != "auto"
+    optimizer, parameters = spec.memory.offload.optimizer, spec.memory.offload.parameters
+    if optimizer.enabled:
+        yield from _target(f"{BLOCK}.offload_optimizer", optimizer, "memory.offload.optimizer")
+    if optimizer.device == "nvme":
+        reason = "fixed: parameter, gradient and Adam's two moments"
+        yield Setting(f"{BLOCK}.offload_optimizer.buffer_count", 4, (), reason)
+    if parameters.enabled:
+        yield from _target(f"{BLOCK}.offload_param", parameters, "memory.offload.parameters")
+    if parameters.device == "nvme" and pieces is not None:
+        yield from _swap_buffers(pieces)
+    if "nvme" in (optimizer.device, parameters.device):
+        yield from _aio()
+
+
+def _target(block: str, target: OffloadTarget, key: str) -> Iterator[Setting]:
+    yield Setting(f"{block}.device", target.device, (f"{key}.device",))
+    if target.device == "nvme":
+        yield Setting(f"{block}.nvme_path", target.path, (f"{key}.path",))
+    yield Setting(f"{block}.pin_memory", False, (), "fixed: pinned memory cannot be paged out")
+
+
+def _swap_buffers(pieces: Pieces) -> Iterator[Setting]:
+    block, rule = f"{BLOCK}.offload_param", "the matrices of two blocks, both embeddings, and two to spare"
+    yield Setting(f"{block}.buffer_count", 12, (), rule)
+    rule = "the largest parameter"
+    yield Setting(f"{block}.buffer_size", pieces.largest, (*MODEL, "model.vocab_size"), rule)
+    yield Setting(f"{block}.max_in_cpu", 0, (), "fixed: what is asked onto the drive goes there")
+
+
+def _aio() -> Iterator[Setting]:
+    values: dict[str, JSON] = {
+        "block_size": 2**20,
+        "queue_depth": 8,
+        "intra_op_parallelism": 1,
+        "single_submit": False,
+        "overlap_events": True,
+    }
+    for key, value in values.items():
+        yield Setting(f"aio.{key}", value, (), "fixed: DeepSpeed's default; tune it to the drive")

@@ -1,0 +1,184 @@
+"""`deepspeed:` overrides: merged last, unknown and contradictory ones refused with both places named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from click.testing import CliRunner
+
+from xtrain import registry
+from xtrain.cli import main
+from xtrain.spec.tree import Spec
+
+BACKEND = registry.load("deepspeed")
+
+
+def make_spec(overrides: dict[str, Any], **sections: Any) -> Spec:
+    base: dict[str, Any] = {
+        "model": {"preset": "gpt2-nano"},
+        "data": {"source": "synthetic"},
+        "batch": {"global": 8, "micro": 2},
+        "train": {"steps": 10},
+        "optimizer": {"lr": 1e-3},
+        "deepspeed": overrides,
+    }
+    return Spec.model_validate({**base, **sections})
+
+
+def config_with(overrides: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    spec = make_spec(overrides, **sections)
+    assert BACKEND.problems(spec, 1) == []
+    return cast(dict[str, Any], BACKEND.resolve(spec, 1).settings["ds_config"])
+
+
+def problems_with(overrides: dict[str, Any], **sections: Any) -> list[str]:
+    return [str(problem) for problem in BACKEND.problems(make_spec(overrides, **sections), 1)]
+
+
+def test_an_override_replaces_what_was_derived_and_leaves_the_rest() -> None:
+    plain, changed = config_with({}), config_with({"zero_optimization": {"reduce_bucket_size": 1000}})
+    assert changed["zero_optimization"].pop("reduce_bucket_size") == 1000
+    assert plain["zero_optimization"].pop("reduce_bucket_size") != 1000
+    assert changed == plain
+
+
+def test_an_override_adds_what_is_not_there() -> None:
+    zero = config_with({"zero_optimization": {"round_robin_gradients": True}})["zero_optimization"]
+    assert zero["round_robin_gradients"] is True
+    assert config_with({"comms_logger": {"enabled": True}})["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"gradient_cliping": 1.0},
+            "deepspeed.gradient_cliping: found 1.0, unknown to DeepSpeed; did you mean 'gradient_clipping'?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 5}},
+            "deepspeed.zero_optimization.reduce_bucket_sise: found 5, unknown to DeepSpeed; "
+            "did you mean 'zero_optimization.reduce_bucket_size'?",
+        ),
+        (
+            {"overlap_comm": True},
+            "deepspeed.overlap_comm: found true, unknown to DeepSpeed; "
+            "did you mean 'zero_optimization.overlap_comm'?",
+        ),
+        (
+            {"zero_optimization": {"overlap_comm": "yes"}},
+            "deepspeed.zero_optimization.overlap_comm: found 'yes', expected true or false or null; "
+            "leave it out",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            "deepspeed.zero_optimization.reduce_bucket_size: found 'auto', "
+            "expected a value: nobody would replace it; leave it out",
+        ),
+        (
+            {"elasticity": {"enabled": True}},
+            "deepspeed.elasticity.enabled: found true, removed from DeepSpeed; leave it out",
+        ),
+    ],
+)
+def test_a_key_that_deepspeed_would_not_take_is_refused(overrides: dict[str, Any], message: str) -> None:
+    assert problems_with(overrides) == [message]
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"train_batch_size": 16}, "deepspeed.train_batch_size", "batch.global"),
+    ({"train_micro_batch_size_per_gpu": 4}, "deepspeed.train_micro_batch_size_per_gpu", "batch.micro"),
+    ({"gradient_accumulation_steps": 2}, "deepspeed.gradient_accumulation_steps", "batch.global"),
+    ({"gradient_clipping": 0.5}, "deepspeed.gradient_clipping", "train.clip"),
+    ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage", "memory.sharding"),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "deepspeed.zero_optimization.offload_optimizer.device",
+        "memory.offload.optimizer",
+    ),
+    ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled", "precision"),
+    ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled", "precision"),
+    ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast.enabled", "precision"),
+    ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer.type", "optimizer"),
+    ({"scheduler": {"params": {"total_num_steps": 5}}}, "deepspeed.scheduler.params", "schedule"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "place", "other"), CONTRADICTIONS, ids=[c[1] for c in CONTRADICTIONS])
+def test_a_contradiction_names_both_places(overrides: dict[str, Any], place: str, other: str) -> None:
+    (message,) = problems_with(overrides)
+    assert message.startswith(f"{place}: found ")
+    assert f"leave it out, or change {other}" in message
+
+
+def test_what_repeats_the_spec_is_no_contradiction() -> None:
+    repeated = {
+        "train_batch_size": 8,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}},
+        "bf16": {"enabled": False},
+    }
+    assert config_with(repeated) == config_with({})
+
+
+def test_a_repeated_clip_is_not_applied_twice_at_stage_0() -> None:
+    assert config_with({"gradient_clipping": 1.0})["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"zero_optimization": {"memory_efficient_linear": True}},
+        {"zero_force_ds_cpu_optimizer": True},
+        {"prescale_gradients": True},
+        {"tensorboard": {"enabled": True}},
+        {"tensor_parallel": {"autotp_size": 2}},
+    ],
+    ids=str,
+)
+def test_what_would_change_the_training_or_is_xtrains_own_is_refused(overrides: dict[str, Any]) -> None:
+    (message,) = problems_with(overrides)
+    assert "not to be set here: " in message
+
+
+def test_check_reports_it_with_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(
+        "model: {preset: gpt2-nano}\ndata: {source: synthetic}\nbatch: {global: 8}\ntrain: {steps: 5}\n"
+        "optimizer: {lr: 1e-3}\ndeepspeed:\n  zero_optimization:\n    stage: 3\n"
+    )
+    done = CliRunner().invoke(main, ["check", str(path), "--backend", "deepspeed"])
+    assert done.exit_code == 2
+    assert "8:12: deepspeed.zero_optimization.stage: found 3, expected 0, from memory.sharding" in done.stderr
+
+
+@pytest.mark.slow  # imports deepspeed
+def test_the_table_of_known_keys_is_current() -> None:
+    """When it is not: tests/backends/known_ds_keys.py says how to make it anew."""
+    program = (
+        "import json\n"
+        "from tests.backends.known_ds_keys import asked_keys, known_keys, removed_keys\n"
+        "print(json.dumps([known_keys(), removed_keys(), sorted(asked_keys())]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    from backends.deepspeed.known_keys import KNOWN, REMOVED
+
+    known, removed, asked = json.loads(done.stdout.splitlines()[-1])
+    assert known == KNOWN
+    assert removed == sorted(REMOVED)
+    blocks = {key.partition(".")[0] for key in KNOWN}
+    assert [key for key in asked if key not in KNOWN and key not in blocks and key not in REMOVED] == [
+        "bfloat16"  # its old name for bf16
+    ]

@@ -1,0 +1,91 @@
+"""What a backend can say that is driven by a config of its own: that config, and a spec made from one.
+
+An optional capability: backends without such a config have neither method, and the commands say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from xtrain.contract import JSON, Problem
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a backend's config, and why it is what it is."""
+
+    key: str
+    """Dotted place in the config."""
+    value: JSON
+    spec_keys: tuple[str, ...] = ()
+    """The spec's keys that it follows from."""
+    rule: str = ""
+    """What is done with them, or why it is fixed; empty where the value is the spec key's own."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A spec, as plain data, that was made from a backend's config."""
+
+    spec: Mapping[str, Any]
+    """As it would stand in a file, defaults left out."""
+    chosen: Mapping[str, str]
+    """Dotted spec key -> why it has its value, where the config did not simply say so."""
+    left_out: Sequence[str]
+    """What the config says and the spec cannot, a sentence each."""
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """The further methods of a Backend that has a config of its own."""
+
+    name: str
+
+    def translation(self, spec: Spec, world: int) -> list[Setting]:
+        """The config that `xtrain run` gives to it, concrete, in the order in which it is written."""
+        ...
+
+    def standalone(self, spec: Spec, world: int) -> list[Setting]:
+        """The config with which it does the same training without xtrain."""
+        ...
+
+    def standalone_problems(self, spec: Spec, world: int) -> list[Problem]:
+        """What of the spec such a config cannot carry."""
+        ...
+
+    def imported(self, config: Mapping[str, Any], world: int) -> Imported:
+        """A spec from a config; SpecError names what is wrong in it."""
+        ...
+
+
+def nested(settings: Iterable[Setting]) -> dict[str, JSON]:
+    """The config as a tree. A setting with an empty mapping stands for an empty section."""
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        *parents, leaf = setting.key.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = setting.value
+    return tree
+
+
+def translators() -> dict[str, Translator]:
+    """Every backend that can be loaded and has a config of its own."""
+    from xtrain import registry
+    from xtrain.errors import BackendError
+
+    found: dict[str, Translator] = {}
+    for name in registry.names():
+        try:
+            backend: object = registry.load(name)
+        except BackendError:
+            continue  # `xtrain backends` says why
+        if isinstance(backend, Translator):
+            found[name] = backend
+    return found
