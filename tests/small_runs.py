@@ -47,4 +47,4 @@ def checkpoints(out: Path) -> list[int]:
 def weights(out: Path, step: int) -> bytes:
     """Everything trained, byte for byte."""
     folder = out / "checkpoints" / f"step-{step:08d}"
-    return (folder / "weights.safetensors").read_bytes() + (folder / "moments.safetensors").read_bytes()
+    return b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.small_runs import checkpoints, metrics, run, steps, weights
+from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
 from xtrain.metrics import MetricsLog
 from xtrain.record import load_record
 from xtrain.resume import MAY_CHANGE, differences
@@ -55,6 +57,16 @@ def test_a_stopped_run_goes_on_to_the_end(tmp_path: Path, backend: str) -> None:
     assert load_record(out).totals.steps == 12
 
 
+def forge_extras(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Another state.json, and a manifest that fits it."""
+    stored = json.loads((folder / STATE).read_text())
+    data = json.dumps({**stored, "extras": [change(stored["extras"][0])]}).encode()
+    (folder / STATE).write_bytes(data)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][STATE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
 DROPOUT: dict[str, Any] = {"model__dropout": 0.1}
 
 
@@ -85,10 +97,8 @@ def test_other_weights_are_told_apart(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run(tmp_path, "--out", whole, backend="cpu", **DROPOUT)
     out = stopped(tmp_path, 5, backend="cpu", **DROPOUT)
-    file = out / "checkpoints" / "step-00000005" / "state.json"
-    stored = json.loads(file.read_text())
-    stored["extras"][0]["random"] = {}  # dropout then draws what it drew in the first steps
-    file.write_text(json.dumps(stored))
+    # Without the random states dropout draws what it drew in the first steps.
+    forge_extras(out / "checkpoints" / "step-00000005", lambda extras: {**extras, "random": {}})
     run(tmp_path, "--resume", out, backend="cpu", **DROPOUT)
     assert weights(out, 12) != weights(whole, 12)
 
@@ -199,40 +209,115 @@ def foreign(file: Path) -> None:
     file.write_bytes(b"PK\x03\x04 something else")
 
 
-def without_random_state(file: Path) -> None:
-    state = json.loads(file.read_text())
-    state["extras"] = [{"random": {"cpu": "!"}, "optimizer_steps": 1}]
-    file.write_text(json.dumps(state))
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        *[
-            (name, damage)
-            for name in ("weights", "moments", "state")
-            for damage in (truncate, foreign, Path.unlink)
-        ],
-        ("state", without_random_state),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(
-    tmp_path: Path, file: str, damage: Callable[[Path], None]
+FILES = [
+    "model-00001-of-00001.safetensors",
+    "model.safetensors.index.json",
+    "optimizer-00001-of-00001.safetensors",
+    "optimizer.safetensors.index.json",
+    "state.json",
+    "manifest.json",
+]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, foreign, Path.unlink], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(
+    tmp_path: Path, whole_run: Path, file: str, damage: Callable[[Path], None]
 ) -> None:
-    out = stopped(tmp_path, backend="cpu")
+    out = tmp_path / "out"
+    shutil.copytree(whole_run / "stopped", out)
     died(out, after=8)
-    broken = out / "checkpoints" / "step-00000006" / f"{file}.{'json' if file == 'state' else 'safetensors'}"
+    broken = out / "checkpoints" / "step-00000006" / file
     damage(broken)
+    kept = files(broken.parent)
+    result = run(tmp_path, "--resume", out, backend="cpu")
+    assert result.exit_code == 0
+    assert f"warning: {'cannot read ' if damage is Path.unlink else ''}{broken}" in result.stderr or (
+        f"warning: {broken} is damaged: it is missing" in result.stderr
+    )
+    assert f"resumed from {out}/checkpoints/step-00000004, after step 4" in result.stderr
+    aside = out / "checkpoints" / "damaged-1"
+    assert f"damaged checkpoints are kept in {aside}" in result.stderr
+    assert [*files(aside / "step-00000006").values()] == [*kept.values()]
+    assert weights(out, 12) == weights(whole_run / "whole", 12)
+    assert steps(out) == ALL
+    assert checkpoints(out) == [4, 8, 12]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that ended and one that was stopped after 6 updates."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert run(folder, "--out", folder / "whole", backend="cpu").exit_code == 0
+    assert run(folder, "--out", folder / "stopped", "--stop-after", 6, backend="cpu").exit_code == 0
+    return folder
+
+
+def test_random_states_that_are_none_are_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    out = stopped(tmp_path, backend="cpu")
+    folder = out / "checkpoints" / "step-00000006"
+    forge_extras(folder, lambda extras: {"random": {"cpu": "!"}, "optimizer_steps": 1})
     before = files(out)
     result = run(tmp_path, "--resume", out, backend="cpu")
     assert result.exit_code == 2
-    assert str(broken) in result.stderr
+    assert f"{folder}/state.json is damaged: extras or guards: " in result.stderr
     assert "Traceback" not in result.stderr
     assert files(out) == before
-    if damage is not without_random_state:
-        assert f"; the one before it: --resume {out}/checkpoints/step-00000004" in result.stderr
-    assert run(tmp_path, "--resume", out / "checkpoints" / "step-00000004", backend="cpu").exit_code == 0
+
+
+def test_a_damaged_one_that_was_named_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    out = stopped(tmp_path)
+    flip(out / "checkpoints" / "step-00000006" / "state.json")
+    before = files(out)
+    result = run(tmp_path, "--resume", out / "checkpoints" / "step-00000006")
+    assert result.exit_code == 2
+    assert f"; the one before it: --resume {out}/checkpoints/step-00000004\n" in result.stderr
+    assert files(out) == before
+    assert run(tmp_path, "--resume", out / "checkpoints" / "step-00000004").exit_code == 0
     assert steps(out) == ALL
+
+
+def test_metrics_that_are_gone_are_told(tmp_path: Path) -> None:
+    out = stopped(tmp_path)
+    (out / "metrics.jsonl").unlink()
+    result = run(tmp_path, "--resume", out)
+    assert result.exit_code == 0
+    assert "warning: there are no metrics of the steps up to 6: the record will lack them" in result.stderr
+    assert steps(out) == ALL[6:]
+
+
+def test_metrics_that_end_too_early_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    out = stopped(tmp_path)
+    log = out / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:5]))
+    before = files(out)
+    result = run(tmp_path, "--resume", out)
+    assert result.exit_code == 2
+    assert f"{log} ends at step 5, before step 6 of the checkpoint; move it away to go on" in result.stderr
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("garbage", [b"not a line\n", b"\xff" * (2 << 20), b'{"step": 3}\n'])
+def test_garbage_after_the_checkpoints_step_is_cut(tmp_path: Path, garbage: bytes) -> None:
+    out = stopped(tmp_path)
+    with (out / "metrics.jsonl").open("ab") as file:
+        file.write(garbage)
+    assert run(tmp_path, "--resume", out).exit_code == 0
+    assert steps(out) == ALL
+
+
+def test_a_wrong_path_is_told_before_the_data_is_read(tmp_path: Path) -> None:
+    occupied = stopped(tmp_path)
+    for option, path in (("--resume", tmp_path / "missing"), ("--out", occupied)):
+        result = run(tmp_path, option, path)
+        assert result.exit_code == 2
+        assert "data synthetic" not in result.stderr
 
 
 def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:

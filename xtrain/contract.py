@@ -295,6 +295,10 @@ class Engine(Protocol):
         """Local: this rank's device."""
         ...
 
+    def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Local: the whole shape of every parameter and buffer that export_state yields, by name."""
+        ...
+
     def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
         """Weights, buffers and moments, tied ones once; the value of `name` on rank owner(name).
 

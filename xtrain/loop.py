@@ -69,7 +69,7 @@ class Loop:
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
             self._step(done, window, trace)
             done += 1
-            stopping = self.engine.any(self.asked_to_stop())
+            stopping = self.engine.any(self.asked_to_stop() or self._save_failed())
             ending = stopping or done == stop or (self.guards is not None and self.guards.exhausted)
             settling = done - start <= WARMUP_STEPS
             full = traced or ending or settling or done % self.window_steps == 0
@@ -84,6 +84,10 @@ class Loop:
             if stopping:
                 break
         return done
+
+    def _save_failed(self) -> bool:
+        """Whether a save in the background failed, where that ends the run: then the last one says so."""
+        return self.checkpointer is not None and self.checkpointer.failed_since()
 
     def _due(self, done: int, window_is_full: bool) -> bool:
         if self.checkpointer is None:

@@ -88,31 +88,32 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Return once every line is on the disk; called before a checkpoint commits."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        if (file := self._file) is not None:  # it may be called from the thread that saves
+            os.fsync(file.fileno())
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines after `step`, and a torn last line, for a run that goes on from there.
+    def truncate_after(self, step: int) -> bool:
+        """Drop the lines after `step`, whatever they are, for a run that goes on from there.
 
-        Raises MetricsError when the lines end before `step`: then there would be a gap.
+        Returns whether there are lines up to `step`. Raises MetricsError when there are some and they end
+        before it, or one of them is no record: then there would be a gap.
         """
         self.close()
         if not self.path.exists():
-            return
-        kept_bytes, last = 0, None
-        for number, line in _lines(self.path):
+            return step == 0
+        kept_bytes = last = 0
+        for number, line in _lines(self.path) if step else ():
             record = _parse(self.path, number, line)
             if record.step > step:
                 break
             kept_bytes, last = kept_bytes + len(line), record.step
-        if last is not None and last < step:
-            raise MetricsError(
-                f"{self.path} ends at step {last}, before step {step} of the checkpoint; "
-                "continue in another directory with --out"
-            )
+            if last == step:
+                break
+        if 0 < last < step:
+            raise MetricsError(f"{self.path} ends at step {last}, before step {step} of the checkpoint")
         with self.path.open("r+b") as file:
             file.truncate(kept_bytes)
             os.fsync(file.fileno())
+        return last == step
 
     def close(self) -> None:
         if self._file is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from xtrain.checkpoints.manager import set_aside_after
+from xtrain.checkpoints.select import set_aside, set_aside_after
 from xtrain.contract import Resolved
 from xtrain.metrics import MetricsError, MetricsLog
 from xtrain.request import Request
@@ -20,10 +20,12 @@ RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
 """Tells workers which directory their launcher made for them."""
 
 
-def fill(directory: RunDirectory, request: Request, resolved: Resolved, begin: Start) -> None:
+def fill(
+    directory: RunDirectory, request: Request, resolved: Resolved, begin: Start, say: Callable[[str], None]
+) -> None:
     """Write down what is known before the first step. The directory must be locked."""
     if request.resume:
-        _go_on(directory, _run_of(request.resume), begin.step)
+        _go_on(directory, _run_of(request.resume), begin, say)
     write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
     write_json(
         directory.resolved,
@@ -54,19 +56,37 @@ def is_new(directory: RunDirectory, request: Request) -> bool:
     return request.resume is None or directory.path.resolve() != _run_of(request.resume).resolve()
 
 
-def _go_on(directory: RunDirectory, before: Path, step: int) -> None:
-    """Leave of the run so far, which may be in another directory, what led up to `step`."""
+def _go_on(directory: RunDirectory, before: Path, begin: Start, say: Callable[[str], None]) -> None:
+    """Leave of the run so far, which may be in another directory, what led up to the start."""
     log = MetricsLog(directory.metrics)
-    if directory.path.resolve() == before.resolve():
-        log.truncate_after(step)
-        set_aside_after(directory.checkpoints, step)
-        return
-    with suppress(FileNotFoundError):
-        shutil.copy(before / directory.metrics.name, directory.metrics)
+    here = directory.path.resolve() == before.resolve()
+    complete = _cut(log, begin.step) if here else _copy(before / directory.metrics.name, log, begin.step)
+    if not complete:
+        say(f"warning: there are no metrics of the steps up to {begin.step}: the record will lack them")
+    if here and (aside := set_aside([checkpoint for checkpoint, _ in begin.damaged], "damaged")):
+        say(f"damaged checkpoints are kept in {aside}")
+    if here:
+        set_aside_after(directory.checkpoints, begin.step)
+
+
+def _cut(log: MetricsLog, step: int) -> bool:
+    """Leave the lines up to `step`; returns whether there are any."""
     try:
-        log.truncate_after(step)
+        return log.truncate_after(step)
+    except MetricsError as error:
+        raise MetricsError(
+            f"{error}; move it away to go on without its lines, or go on in another directory with --out"
+        ) from None
+
+
+def _copy(source: Path, log: MetricsLog, step: int) -> bool:
+    with suppress(FileNotFoundError):
+        shutil.copy(source, log.path)
+    try:
+        return log.truncate_after(step)
     except MetricsError:  # lines are missing there: better none here than some
-        directory.metrics.unlink()
+        log.path.unlink()
+        return False
 
 
 def _run_of(resume: Path) -> Path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
-from xtrain.checkpoints.format import Checkpoint, CheckpointError, State, complete_checkpoints
-from xtrain.checkpoints.manager import latest
+from xtrain.checkpoints.format import Checkpoint, State
+from xtrain.checkpoints.select import Selected
+from xtrain.contract import Engine
 from xtrain.errors import RequestError
 from xtrain.spec import dump_spec
 from xtrain.spec.keys import covering, printed
@@ -37,22 +39,24 @@ class Start:
 
     checkpoint: Checkpoint | None
     state: State | None
+    damaged: Sequence[tuple[Checkpoint, str]] = ()
+    """Newer ones that were passed over, and why."""
 
     @property
     def step(self) -> int:
         return self.state.step if self.state else 0
 
 
-def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: bool) -> Start:
-    """The start that `--resume` asks for.
+def find_start(selected: Selected, spec: Spec, data_hash: str, allow_changed: bool) -> Start:
+    """The start at a checkpoint that is known to be sound.
 
-    Raises CheckpointError when there is nothing to resume or it is damaged, RequestError when it is of
-    another training: other data, or a key outside MAY_CHANGE that differs and was not insisted on.
+    Raises RequestError when it is of another training: other data, or a key outside MAY_CHANGE that differs
+    and was not insisted on.
     """
-    checkpoint = latest(resume) if resume else None
+    checkpoint = selected.checkpoint
     if checkpoint is None:
         return Start(None, None)
-    state = _checked(checkpoint)
+    state = checkpoint.state()
     changed = [
         f"{key}: {printed(old)} there, {printed(new)} here"
         for key, old, new in differences(state.spec, dump_spec(spec))
@@ -66,18 +70,19 @@ def find_start(resume: Path | None, spec: Spec, data_hash: str, allow_changed: b
             f"{checkpoint.path} is of another training:\n  {listed}\n"
             f"  These may change: {', '.join(MAY_CHANGE)}. Use --allow-changed to insist"
         )
-    return Start(checkpoint, state)
+    return Start(checkpoint, state, selected.damaged)
 
 
-def _checked(checkpoint: Checkpoint) -> State:
-    """Its state, both tensor files looked at too: nothing may be touched for one that cannot be read."""
-    try:
-        checkpoint.check_files()
-        return checkpoint.state()
-    except CheckpointError as error:
-        earlier = [c for c in complete_checkpoints(checkpoint.path.parent) if c.step < checkpoint.step]
-        hint = f"; the one before it: --resume {earlier[-1].path}" if earlier else ""
-        raise CheckpointError(f"{error}{hint}") from error
+def agreed(engine: Engine, own: Start) -> Start:
+    """Rank 0's start, on every rank: it alone has read every byte. Collective."""
+    place = str(own.checkpoint.path) if own.checkpoint else None
+    first: Any = engine.gather(place)[0]
+    if first == place:
+        return own
+    if first is None:
+        return Start(None, None)
+    checkpoint = Checkpoint(Path(first), int(Path(first).name.removeprefix("step-")))
+    return Start(checkpoint, checkpoint.state())
 
 
 def differences(

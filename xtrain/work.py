@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 from xtrain.checkpoints.manager import Checkpointer, restore
+from xtrain.checkpoints.select import Selected, require_folder, select
 from xtrain.choose import Choice
 from xtrain.contract import Counter, Job, OutOfMemory
 from xtrain.data import open_data
@@ -22,7 +24,7 @@ from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
 from xtrain.request import Request
-from xtrain.resume import Start, find_start
+from xtrain.resume import Start, agreed, find_start
 from xtrain.rundir import RunDirectory
 from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
@@ -36,23 +38,27 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
     """One process's part of a run, from its data to its record; returns the exit code."""
     first = job.rank == 0
     say(first, f"backend {choice.backend.name}: {choice.reason}")
-    data = open_data(spec, show_progress=first)
-    say(first, f"data {data.description}")
-    begin = find_start(request.resume, spec, data.content_hash, request.allow_changed)
-    model = model_source(spec, data.vocab_size)
-    resolved = choice.backend.resolve(spec, job.world)
-    for note in resolved.notes:
-        say(first, f"note: {note}")
+    if request.resume:
+        require_folder(request.resume)  # before anything that takes time
     directory = open_directory(request) if first else None
     guards = Guards(spec.stability) if spec.stability else None
     with directory.lock() if directory else nullcontext():
-        before = resident_bytes()
         with discarded_on_refusal(directory if directory and is_new(directory, request) else None):
+            selected = _select(request, first)
+            data = open_data(spec, show_progress=first)
+            say(first, f"data {data.description}")
+            begin = find_start(selected, spec, data.content_hash, request.allow_changed)
+            model = model_source(spec, data.vocab_size)
+            resolved = choice.backend.resolve(spec, job.world)
+            for note in resolved.notes:
+                say(first, f"note: {note}")
+            before = resident_bytes()
             engine = choice.backend.start(resolved, model, job)
+            begin = agreed(engine, begin)
             if begin.checkpoint:
                 restore(engine, begin.checkpoint, guards, job.rank)
             if directory:  # only now: a request that is refused has changed nothing
-                fill(directory, request, resolved, begin)
+                fill(directory, request, resolved, begin, partial(say, first))
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
         try:
             with StopRequest(first) as stop:
@@ -60,6 +66,16 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
                 return Run(request, facts, directory, job.rank, begin, guards, before, stop).train()
         finally:
             engine.close()
+
+
+def _select(request: Request, first: bool) -> Selected:
+    """The checkpoint that is asked for; damaged ones that were passed over are named."""
+    if request.resume is None:
+        return Selected(None)
+    selected = select(request.resume, hashes=first)
+    for _, reason in selected.damaged:
+        say(first, f"warning: {reason}")
+    return selected
 
 
 @dataclass
@@ -128,6 +144,7 @@ class Run:
             self.directory.checkpoints if self.directory else None,
             observer.say,
             observer.sync,
+            self.rank,
             last_step=self.begin.step or None,
             best=self.begin.state.best if self.begin.state else None,
         )

@@ -174,6 +174,9 @@ class DeepSpeedEngine:
             reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
         return Memory(live, reserved, categories=None)
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return state.state_shapes(self.engine.module)
+
     def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
         return state.export_state(self._shards(), self.data_rank, owner)
 

@@ -161,6 +161,12 @@ def shards_of(engine: Any, stage: int) -> Shards:
     return (Replicated, FlatGroups, FlatGroups, Partitioned)[stage](engine)
 
 
+def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all parameters and buffers, by name; whole ones, whatever this rank has of them."""
+    whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+    return whole | {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
+
+
 def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iterator[StateTensor]:
     """Every tensor of the state, one at a time, on the rank that owns it."""
 

@@ -130,6 +130,9 @@ class ManualEngine:
         }
         return Memory(self.device.live(), self.device.reserved(), categories)
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return state.state_shapes(self.model)
+
     def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
         return state.export_state(self.model, self.weights, self.optimizer, owner)
 

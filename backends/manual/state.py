@@ -19,6 +19,11 @@ MOMENTS: dict[str, StateKind] = {
 """torch's name in an optimizer's state, and ours."""
 
 
+def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all parameters and buffers, by name."""
+    return {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
 def export_state(
     model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, owner: Callable[[str], int]
 ) -> Iterator[StateTensor]:

@@ -89,6 +89,9 @@ class NullEngine:
     def memory(self) -> Memory:
         return Memory(live=None, reserved=None, categories=None)
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
         return iter(())
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,11 @@ import pytest
 
 from tests.checkpoints.test_format import state
 from xtrain import registry
-from xtrain.checkpoints import manager
-from xtrain.checkpoints.format import CheckpointError, complete_checkpoints, write
-from xtrain.checkpoints.manager import Checkpointer, latest, set_aside_after
+from xtrain.checkpoints import manager, saving
+from xtrain.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, Damaged, complete_checkpoints
+from xtrain.checkpoints.manager import Checkpointer
+from xtrain.checkpoints.select import select, set_aside_after
+from xtrain.checkpoints.writer import write
 from xtrain.contract import Engine, Job
 from xtrain.errors import RunFailed
 from xtrain.models.source import model_source
@@ -104,7 +105,7 @@ def broken_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(manager, "write", full)
+    monkeypatch.setattr(saving, "commit", full)
 
 
 FAILED = "checkpoint {} was not saved: No space left on device"
@@ -115,7 +116,12 @@ def test_a_failed_save_is_told_and_training_goes_on(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     saver.save(5)
     message = FAILED.format(tmp_path / "step-00000005")
-    assert saver.said == [f"warning: {message}; earlier ones are intact, training goes on"]
+    assert saver.said == [f"warning: {message}; there is no earlier one, training goes on"]
+    write(tmp_path, state(4), {})
+    saver.save(6)
+    message = FAILED.format(tmp_path / "step-00000006")
+    assert saver.said[1:] == [f"warning: {message}; earlier ones are intact, training goes on"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 @pytest.mark.usefixtures("broken_disk")
@@ -123,14 +129,14 @@ def test_a_failed_save_ends_the_run_where_that_was_asked_for(tmp_path: Path) -> 
     with pytest.raises(RunFailed) as caught:
         Saver(tmp_path, on_error="stop").save(5)
     message = FAILED.format(tmp_path / "step-00000005")
-    assert str(caught.value) == f"{message} (checkpoint.on_error is stop); earlier ones are intact"
+    assert str(caught.value) == f"{message} (checkpoint.on_error is stop); there is no earlier one"
 
 
 @pytest.mark.usefixtures("broken_disk")
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
 def test_a_last_save_that_failed_is_a_failed_run(tmp_path: Path, on_error: str) -> None:
     """Nothing is left to go on with; "saved" must not be said of it."""
-    with pytest.raises(RunFailed, match="and it was the last; earlier ones are intact"):
+    with pytest.raises(RunFailed, match="and it was the last; there is no earlier one"):
         Saver(tmp_path, on_error=on_error).save(5, last=True)
 
 
@@ -139,14 +145,61 @@ def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path) -> None:
     for step in (20, 100):
         write(folder, state(step), {})
     (folder / ".step-00000300.1").mkdir()
-    newest = latest(tmp_path)
-    assert newest is not None
-    assert newest.step == 100
-    assert latest(folder / "step-00000020") == replace(newest, path=folder / "step-00000020", step=20)
+    assert select(tmp_path, hashes=True).checkpoint == Checkpoint(folder / "step-00000100", 100)
+    assert select(folder / "step-00000020", hashes=True).checkpoint == Checkpoint(
+        folder / "step-00000020", 20
+    )
 
 
 def test_a_run_directory_without_a_checkpoint_has_none(tmp_path: Path) -> None:
-    assert latest(tmp_path) is None
+    assert select(tmp_path, hashes=True).checkpoint is None
+
+
+def damaged(folder: Path, *steps: int) -> None:
+    for step in steps:
+        write(folder, state(step), {})
+        (folder / f"step-{step:08d}" / MANIFEST).write_text("{}")
+
+
+def test_damaged_ones_are_passed_over_and_named_newest_first(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    write(folder, state(10), {})
+    damaged(folder, 20, 30)
+    found = select(tmp_path, hashes=False)
+    assert found.checkpoint == Checkpoint(folder / "step-00000010", 10)
+    assert [checkpoint.step for checkpoint, _ in found.damaged] == [30, 20]
+    assert f"{folder}/step-00000030/manifest.json is damaged" in found.damaged[0][1]
+
+
+def test_a_run_directory_that_holds_only_damaged_ones_is_refused_with_a_way_forward(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    damaged(folder, 20, 30)
+    with pytest.raises(CheckpointError) as caught:
+        select(tmp_path, hashes=True)
+    first, *listed, last = str(caught.value).splitlines()
+    assert first == f"every checkpoint of {tmp_path} is damaged:"
+    assert [line.split("/manifest")[0] for line in listed] == [
+        f"  {folder}/step-00000030",
+        f"  {folder}/step-00000020",
+    ]
+    assert last == f"  To train again from step 0, move {folder} away and resume"
+
+
+def test_a_damaged_one_that_was_named_is_an_error_with_the_one_before_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    damaged(folder, 20)
+    with pytest.raises(Damaged, match=r"; there is none before it$"):
+        select(folder / "step-00000020", hashes=True)
+    write(folder, state(10), {})
+    with pytest.raises(Damaged, match=rf"; the one before it: --resume {folder}/step-00000010$"):
+        select(folder / "step-00000020", hashes=True)
+
+
+def test_a_damaged_one_does_not_count_as_kept_and_is_not_deleted(tmp_path: Path) -> None:
+    write(tmp_path, state(10), {})
+    damaged(tmp_path, 20)
+    Saver(tmp_path, keep=2).save(30)
+    assert found(tmp_path) == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +214,7 @@ def test_what_is_no_run_and_no_checkpoint_is_refused(tmp_path: Path, name: str, 
     (tmp_path / "file").touch()
     (tmp_path / "step-12").mkdir()
     with pytest.raises(CheckpointError, match=message):
-        latest(tmp_path / name)
+        select(tmp_path / name, hashes=False)
 
 
 def test_later_checkpoints_are_set_aside_and_earlier_ones_stay(tmp_path: Path) -> None:

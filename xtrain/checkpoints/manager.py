@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any, TypeAlias
 
 from xtrain.checkpoints.format import (
     STATE,
     Checkpoint,
     CheckpointError,
     State,
-    Tensors,
     complete_checkpoints,
     folder_name,
-    write,
 )
-from xtrain.contract import Engine, Resolved
+from xtrain.checkpoints.saving import HostBuffers, Save, Writing
+from xtrain.checkpoints.select import prune
+from xtrain.checkpoints.shares import share_out
+from xtrain.checkpoints.writer import MOMENTS, begin
+from xtrain.contract import Engine, Resolved, StateKind, StateTensor
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.machine import RECORDED_PACKAGES, package_version
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
 
+PATIENCE_SECONDS = 10.0
+"""For the shares of other ranks when this one leaves after an error: they may be gone."""
+Words: TypeAlias = tuple[str, str]
+"""What was not saved and why; what is left to go on from."""
+
+
+class _NotSaved(Exception):
+    """One save failed; the same words on every rank."""
+
+    def __init__(self, message: str, earlier: str) -> None:
+        super().__init__(message)
+        self.earlier = earlier
+        """What is left to go on from."""
+
 
 @dataclass
 class Checkpointer:
-    """Saves on all ranks together; only the one with `folder` (rank 0) touches the disk."""
+    """Saves on all ranks together; all write, the one with `folder` (rank 0) decides where and commits."""
 
     section: CheckpointSection
     resolved: Resolved
@@ -39,10 +56,14 @@ class Checkpointer:
     say: Callable[[str], None]
     before_commit: Callable[[], None]
     """Brings the metrics to the disk: a checkpoint never knows more steps than they do."""
+    rank: int = 0
     last_step: int | None = None
     last_seconds: float = 0.0
     best: tuple[int, float] | None = None
     """Step and eval_loss of the lowest so far; the same on every rank."""
+    buffers: HostBuffers = field(default_factory=HostBuffers)
+    writing: Writing | None = None
+    """The save that is under way in the background."""
 
     def __post_init__(self) -> None:
         self.last_seconds = monotonic()
@@ -69,92 +90,136 @@ class Checkpointer:
             return False
         return bool(engine.gather(monotonic() - self.last_seconds >= 60 * minutes)[0])
 
-    def save(self, engine: Engine, done: int, last: bool) -> None:
-        """Write the state after `done` updates, unless it is there already. Collective.
+    def failed_since(self) -> bool:
+        """Whether the save under way has failed and the run is to stop for it; where it is to go on, says so.
 
-        Raises RunFailed when it cannot be written and checkpoint.on_error is stop, or it is the `last`
-        one: then there is no training left to go on with.
+        Local, and asked after every step.
         """
-        if done == self.last_step:
-            return
-        exported = engine.export_state(lambda name: 0)
-        tensors = {(t.name, t.kind): t.value for t in exported if t.value is not None}
-        extras = engine.gather(engine.extras())
-        self.last_step, self.last_seconds = done, monotonic()
+        if self.writing is None or self.writing.problem is None or self.writing.told:
+            return False
+        if self.section.on_error == "stop":
+            return True
+        self.writing.told = True
+        if self.rank == 0:
+            self._failed(_NotSaved(*self._words(self.last_step or 0, self.writing.problem)), last=False)
+        return False
+
+    def save(self, engine: Engine, done: int, last: bool) -> None:
+        """Save the state after `done` updates, unless it was saved already. Collective.
+
+        Waits for the save before it; for this one only when it is not in the background, or is the `last`.
+        Raises RunFailed when a save failed and checkpoint.on_error is stop, or it is the last one: then there
+        is no training left to go on with.
+        """
+        if done != self.last_step:
+            self._settle(engine, last=False)
+            self.last_step, self.last_seconds = done, monotonic()
+            try:
+                self._save(engine, done)
+            except _NotSaved as failure:
+                self._failed(failure, last)
+        if last:
+            self._settle(engine, last)
+
+    def close(self) -> None:
+        """Local, also after an error: let a save that is under way end, if this rank can see to it."""
+        if self.writing is not None:
+            self.writing.end(PATIENCE_SECONDS if self.resolved.world > 1 else math.inf)
+
+    def _save(self, engine: Engine, done: int) -> None:
+        shards = share_out(engine.state_shapes(), self.resolved.world)
+        owners = {name: shard.rank for shard in shards for name in shard.shapes}
+        tensors = engine.export_state(lambda name: owners[name])
+        answers: list[Any] = engine.gather([*self._open(done), engine.extras()])
+        partial, problem, _ = answers[0]
+        if problem is not None:
+            raise _NotSaved(*problem)
+        state = self._state(done, [extras for *_, extras in answers]) if self.rank == 0 else None
+        own = [shard for shard in shards if shard.rank == self.rank]
+        best_step = self.best[0] if self.best else None
+        prune_after = functools.partial(self._prune, best_step)
+        save = Save(
+            Path(partial), own, self.rank, self.resolved.world, state, self.before_commit, prune_after
+        )
+        if self.section.background:
+            self.writing = Writing(save, self.buffers.copy(tensors))
+            self.writing.start()
+        else:
+            self._write(engine, save, tensors)
+
+    def _open(self, done: int) -> tuple[str | None, Words | None]:
+        """On rank 0: the folder to write into, or what went wrong."""
         if self.folder is None:
-            return
-        state = State(
+            return None, None
+        try:
+            return str(begin(self.folder, done)), None
+        except OSError as error:
+            return None, self._words(done, error.strerror or str(error))
+
+    def _state(self, done: int, extras: list[Any]) -> State:
+        return State(
             step=done,
             backend=self.resolved.backend,
             world=self.resolved.world,
             guards=self.guards.state() if self.guards else None,  # type: ignore[arg-type]
-            extras=extras,  # type: ignore[arg-type]
+            extras=extras,
             data_hash=self.data_hash,
             best=self.best,
             spec=dump_spec(self.resolved.spec),
             versions={name: package_version(name) for name in RECORDED_PACKAGES},
         )
-        self._write(self.folder, state, tensors, last)
 
-    def _write(self, folder: Path, state: State, tensors: Tensors, last: bool) -> None:
-        self.before_commit()
-        try:
-            write(folder, state, tensors)
-        except OSError as error:
-            message = f"checkpoint {folder / folder_name(state.step)} was not saved: {error.strerror}"
-            if last:
-                raise RunFailed(f"{message}, and it was the last; earlier ones are intact") from error
-            if self.section.on_error == "stop":
-                raise RunFailed(
-                    f"{message} (checkpoint.on_error is stop); earlier ones are intact"
-                ) from error
-            self.say(f"warning: {message}; earlier ones are intact, training goes on")
+    def _write(self, engine: Engine, save: Save, tensors: Iterator[StateTensor]) -> None:
+        """While training waits."""
+        problem = _first(engine.gather(save.write(tensors)))
+        if self.rank == 0:
+            problem = save.abandon(problem) if problem is not None else save.commit()
+        self._agree(engine, problem)
+
+    def _settle(self, engine: Engine, last: bool) -> None:
+        """Wait for the save in the background, if there is one. Collective."""
+        writing, self.writing = self.writing, None
+        if writing is None:
             return
-        for old in complete_checkpoints(folder)[: -self.section.keep]:
-            if not self.is_best(old.step):
-                shutil.rmtree(old.path, ignore_errors=True)
+        writing.share_ended.wait()
+        problem = _first(engine.gather(writing.problem))
+        writing.end(math.inf if problem is None else 0.0)
+        try:
+            self._agree(engine, problem or writing.problem)
+        except _NotSaved as failure:
+            if last or not writing.told:
+                self._failed(failure, last)
 
+    def _agree(self, engine: Engine, problem: str | None) -> None:
+        """Raise _NotSaved on every rank where rank 0 has a problem."""
+        words = self._words(self.last_step or 0, problem) if problem is not None and self.folder else None
+        said: Any = engine.gather(words)[0]
+        if said is not None:
+            raise _NotSaved(*said)
 
-def latest(path: Path) -> Checkpoint | None:
-    """The checkpoint that `--resume PATH` means: the newest of a run directory, or the one that PATH is.
+    def _words(self, step: int, reason: str) -> Words:
+        assert self.folder is not None
+        others = bool(complete_checkpoints(self.folder))
+        message = f"checkpoint {self.folder / folder_name(step)} was not saved: {reason}"
+        return message, "earlier ones are intact" if others else "there is no earlier one"
 
-    None when the run directory has none yet. Raises CheckpointError when there is nothing at `path`.
-    """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"--resume {path}: {'a file' if path.exists() else 'not there'}; expected a run directory"
-        )
-    if path.name.startswith("step-"):
-        found = [one for one in complete_checkpoints(path.parent) if one.path.name == path.name]
-        if not found:
-            raise CheckpointError(f"--resume {path} is not a checkpoint")
-        return found[0]
-    checkpoints = complete_checkpoints(path / "checkpoints")
-    return checkpoints[-1] if checkpoints else None
+    def _failed(self, failure: _NotSaved, last: bool) -> None:
+        if last:
+            raise RunFailed(f"{failure}, and it was the last; {failure.earlier}") from failure
+        if self.section.on_error == "stop":
+            raise RunFailed(f"{failure} (checkpoint.on_error is stop); {failure.earlier}") from failure
+        self.say(f"warning: {failure}; {failure.earlier}, training goes on")
 
-
-def set_aside_after(folder: Path, step: int) -> Path | None:
-    """Move the checkpoints after `step` out of the way of a run that goes on from there.
-
-    They are of a course that is no longer this run's: left in place they would be resumed from, and be kept
-    instead of newer ones. Returns the folder they are in now, where there were any.
-    """
-    later = [checkpoint for checkpoint in complete_checkpoints(folder) if checkpoint.step > step]
-    if not later:
-        return None
-    number = 1
-    while (aside := folder / f"superseded-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for checkpoint in later:
-        checkpoint.path.rename(aside / checkpoint.path.name)
-    return aside
+    def _prune(self, best_step: int | None) -> None:
+        assert self.folder is not None
+        prune(self.folder, self.section.keep, best_step)
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank: int) -> int:
     """Bring the engine and the guards to where the checkpoint left them; returns the updates done."""
     state = checkpoint.state()
     try:
+        _check_shapes(engine, checkpoint)
         engine.import_state(checkpoint.reader())
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
@@ -167,3 +232,18 @@ def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank:
             f"{checkpoint.path / STATE} is damaged: extras or guards: {type(error).__name__}: {error}"
         ) from error
     return state.step
+
+
+def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Raise ValueError before a tensor of another model is read: it may be of any size."""
+    reader = checkpoint.reader("np")
+    kinds: tuple[StateKind, ...] = ("weight", *MOMENTS)
+    for name, expected in engine.state_shapes().items():
+        for kind in kinds:
+            found = reader.shape(name, kind)
+            if found not in (None, expected):
+                raise ValueError(f"{kind} of {name}: found {found}, expected {expected}")
+
+
+def _first(problems: Iterable[Any]) -> str | None:
+    return next((problem for problem in problems if problem is not None), None)
