@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON, Availability, Job
 from xtrain.errors import RequestError
 
+from .stale_locks import clear_stale_locks
+
 if TYPE_CHECKING:
     import torch
 
@@ -128,10 +130,24 @@ def start_process_group(job: Job, device: torch.device) -> None:
 
     logger.setLevel(logging.ERROR)  # only now: importing deepspeed sets it
     if not dist.is_initialized():
+        for folder in _operators_folders():
+            clear_stale_locks(folder, _say)
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
             deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
         # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
         atexit.register(_leave_together)
+
+
+def _operators_folders() -> list[Path]:
+    """Where torch keeps what DeepSpeed compiles: one folder, or by default one for each Python and torch."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return [Path(root)] if root else sorted(Path(get_default_build_root()).glob("py*"))
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _leave_together() -> None:
