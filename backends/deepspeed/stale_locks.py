@@ -1,7 +1,7 @@
 """Locks that a killed process left on DeepSpeed's compiled operators.
 
 torch guards each operator's folder with a file that exists while one process compiles or loads it
-(torch.utils.file_baton). A process killed in that moment leaves the file behind, and every later one waits for
+(torch.utils.file_baton). A process killed in that moment leaves the file, and every later one waits for
 it for ever, without a word.
 """
 
