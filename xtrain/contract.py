@@ -7,7 +7,7 @@ milliseconds. docs/backends.md is the guide for those who write one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -216,7 +216,23 @@ class Memory:
     reserved: Counter | None
     """Bytes the allocator or driver holds; reserved - live is slack."""
     categories: Mapping[str, int] | None
-    """Bytes now by MEMORY_CATEGORIES, where the engine can tell."""
+    """Bytes now by MEMORY_CATEGORIES on this rank's device, where the engine can tell."""
+
+
+ByPlace: TypeAlias = "Mapping[str, Mapping[str, int]]"
+"""Bytes by place ("cpu", "cuda:0", ...), then by MEMORY_CATEGORIES."""
+Holdings: TypeAlias = "Mapping[str, Iterable[torch.Tensor]]"
+"""Tensors by MEMORY_CATEGORIES."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one step held at its fullest, counted storage by storage (xtrain/ledger.py)."""
+
+    step: int
+    """1-based, as in metrics.jsonl."""
+    peaks: ByPlace
+    """Each place at its own fullest moment."""
 
 
 MEMORY_CATEGORIES = (
@@ -293,6 +309,10 @@ class Engine(Protocol):
 
     def memory(self) -> Memory:
         """Local: this rank's device."""
+        ...
+
+    def holdings(self) -> Holdings:
+        """Local: what stays in memory from step to step, on whatever device; empty where it cannot tell."""
         ...
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -13,12 +13,12 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from xtrain.checkpoints.manager import Checkpointer
-from xtrain.contract import Engine, StepInput, StepResult, Trace
+from xtrain.contract import Engine, StepInput, StepMemory, StepResult, Trace
 from xtrain.data import Dataset
 from xtrain.guards import Guards, Watch
 from xtrain.machine import resident_bytes
 from xtrain.metrics import StepRecord
-from xtrain.trace import NullTrace, SampledTrace, is_traced
+from xtrain.trace import NullTrace, SampledTrace, is_audited, is_traced
 
 WARMUP_STEPS = 3
 """Updates left out of the speed figures: allocators, kernels and caches settle in them."""
@@ -57,6 +57,8 @@ class Loop:
     """Of this process; the ranks agree on it."""
     peak_live_bytes: int | None = None
     """The most that a traced step sampled; None where the device cannot tell."""
+    step_memory: StepMemory | None = None
+    """Of the last audited step."""
 
     def run(self, start: int, stop: int) -> int:
         """Returns the number of updates done, all saved where there is a checkpointer."""
@@ -67,7 +69,10 @@ class Loop:
             if traced:
                 self._close(window)  # a traced step waits for the device at every span: it stands alone
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
-            self._step(done, window, trace)
+            if is_audited(done - start, stop - start) and self.engine.holdings():
+                self._audited_step(done, window)
+            else:
+                self._step(done, window, trace)
             done += 1
             stopping = self.engine.any(self.asked_to_stop() or self._save_failed())
             ending = stopping or done == stop or (self.guards is not None and self.guards.exhausted)
@@ -106,6 +111,17 @@ class Loop:
         window.results.append(result)
         window.learning_rates.append(lr)
         window.seconds.append(perf_counter() - started)
+
+    def _audited_step(self, step: int, window: Window) -> None:
+        """A step under the ledger. It computes the same, but its time means nothing: speed leaves it out."""
+        from xtrain.ledger import Ledger
+
+        ledger = Ledger(self.engine.holdings)
+        try:
+            with ledger.open():
+                self._step(step, window, ledger)
+        finally:  # where the device is full, what filled it is wanted most
+            self.step_memory = StepMemory(step + 1, ledger.peaks)
 
     def _close(self, window: Window, trace: SampledTrace | None = None, evaluating: bool = False) -> None:
         """Bring the window to the host, hand it to the observer, empty it."""

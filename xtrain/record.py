@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from xtrain.contract import Counter, Memory
+from xtrain.contract import Counter, Memory, StepMemory
 from xtrain.errors import RequestError
 from xtrain.metrics import Natural, StepRecord
 from xtrain.rundir import write_json
@@ -125,6 +125,17 @@ class CounterFacts(Part):
     method: Literal["counter", "sampled", "unavailable"]
 
 
+class StepPeaks(Part):
+    """See xtrain.contract.StepMemory."""
+
+    step: Natural
+    peaks: dict[str, dict[str, Natural]]
+
+    @classmethod
+    def of(cls, memory: StepMemory) -> StepPeaks:
+        return cls(step=memory.step, peaks={place: dict(found) for place, found in memory.peaks.items()})
+
+
 class RankMemory(Part):
     """What one rank held. Three ways of counting, never mixed; None where one is not to be had."""
 
@@ -135,9 +146,19 @@ class RankMemory(Part):
     rss_before_bytes: Natural | None = None
     """Resident set before the model was built: what the imports cost."""
     categories: dict[str, Natural] | None
+    """On the device, at the end."""
+    step_peaks: StepPeaks | None = None
+    """Everywhere, when a step held most."""
 
     @classmethod
-    def of(cls, rank: int, memory: Memory, resident: Counter, sampled_bytes: int | None = None) -> RankMemory:
+    def of(
+        cls,
+        rank: int,
+        memory: Memory,
+        resident: Counter,
+        sampled_bytes: int | None = None,
+        step: StepMemory | None = None,
+    ) -> RankMemory:
         """`sampled_bytes`, the most a trace saw, is the live peak where the device has no counter for it."""
         live = memory.live
         if live is not None and live.peak_bytes is None and sampled_bytes is not None:
@@ -148,6 +169,7 @@ class RankMemory(Part):
             reserved=_counter(memory.reserved),
             rss=_counter(resident),
             categories=None if memory.categories is None else dict(memory.categories),
+            step_peaks=StepPeaks.of(step) if step else None,
         )
 
 

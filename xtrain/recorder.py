@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from xtrain.contract import Counter, Engine, ModelSource, Resolved
 from xtrain.data import Dataset
-from xtrain.loop import WARMUP_STEPS
+from xtrain.loop import WARMUP_STEPS, Loop
 from xtrain.machine import environment, resident_bytes
 from xtrain.metrics import MetricsLog, StepRecord, read_metrics
 from xtrain.progress import Progress
@@ -79,9 +79,9 @@ class Facts:
     engine: Engine
 
 
-def rank_memory(engine: Engine, rank: int, before: Counter, sampled_bytes: int | None) -> RankMemory:
+def rank_memory(engine: Engine, rank: int, before: Counter, loop: Loop) -> RankMemory:
     """What this rank holds at the end; `before` is its resident set before the model was built."""
-    memory = RankMemory.of(rank, engine.memory(), resident_bytes(), sampled_bytes)
+    memory = RankMemory.of(rank, engine.memory(), resident_bytes(), loop.peak_live_bytes, loop.step_memory)
     return memory.model_copy(update={"rss_before_bytes": before.bytes})
 
 

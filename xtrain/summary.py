@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -29,6 +29,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         *([("held-out loss", _evaluation(record))] if record.eval else []),
         ("speed", format_speed(record.speed)),
         *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
+        *_step_peaks(record.memory),
         ("time", _time(record.time_split)),
         ("everything in", str(directory)),
     ]
@@ -39,6 +40,12 @@ def format_bytes(count: int | None) -> str:
     if count is None:
         return NOT_MEASURED
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def format_categories(held: Mapping[str, int]) -> str:
+    """The total, then what it is made of; what has nothing is left out."""
+    parts = ", ".join(f"{clean(name)} {format_bytes(count)}" for name, count in held.items() if count)
+    return f"{format_bytes(sum(held.values()))}{f': {parts}' if parts else ''}"
 
 
 def format_loss(loss: float | None) -> str:
@@ -115,6 +122,15 @@ def _memory(ranks: Sequence[RankMemory], key: str) -> str:
     counter = largest(ranks, key)
     several = f", the largest of {len(ranks)} ranks" if counter is not None and len(ranks) > 1 else ""
     return format_counter(counter) + several
+
+
+def _step_peaks(ranks: Sequence[RankMemory]) -> list[tuple[str, str]]:
+    """One row for each place, of the rank that held most there."""
+    fullest: dict[str, dict[str, int]] = {}
+    for rank in ranks:
+        for place, held in (rank.step_peaks.peaks if rank.step_peaks else {}).items():
+            fullest[place] = max(fullest.get(place, {}), held, key=lambda one: sum(one.values()))
+    return [(f"memory, a step on {clean(place)}", format_categories(held)) for place, held in fullest.items()]
 
 
 def _time(split: TimeSplit | None) -> str:

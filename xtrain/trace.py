@@ -16,6 +16,9 @@ TRACE_EVERY_STEPS = 25
 FIRST_TRACED_STEP = 5
 """0-based; past the steps in which allocators and caches settle."""
 
+AUDITED_STEPS = 2
+"""The first has no optimizer state yet, but is where most runs that do not fit end."""
+
 _NOTHING = nullcontext()
 
 
@@ -23,6 +26,11 @@ def is_traced(step: int, total_steps: int) -> bool:
     """Whether update `step` (0-based) of `total_steps` is traced; a run shorter than that traces its last."""
     first = min(FIRST_TRACED_STEP, total_steps - 1)
     return step >= first and (step - first) % TRACE_EVERY_STEPS == 0
+
+
+def is_audited(step: int, total_steps: int) -> bool:
+    """Whether update `step` (0-based) is taken under the ledger (xtrain/ledger.py): before speed counts."""
+    return step < AUDITED_STEPS and not is_traced(step, total_steps)
 
 
 class NullTrace:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
+from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder, select
 from xtrain.choose import Choice
@@ -23,14 +23,16 @@ from xtrain.prepare import discarded_on_refusal, fill, is_new, open_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
+from xtrain.relief import describe_out_of_memory
 from xtrain.request import Request
 from xtrain.resume import Start, agreed, find_start
 from xtrain.rundir import RunDirectory
 from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
 from xtrain.spec import dump_spec
+from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
-from xtrain.summary import format_bytes, render_summary
+from xtrain.summary import render_summary
 from xtrain.trackers import open_trackers
 
 
@@ -116,10 +118,10 @@ class Run:
             lambda: self.stop.requested,
         )
         started = perf_counter()
-        ended = _outcome_of(lambda: loop.run(self.begin.step, last), last, spec.train.steps)
+        ended = self._outcome_of(loop, last)
         seconds = perf_counter() - started
         observer.close()
-        self._record(ended, seconds, loop.peak_live_bytes)
+        self._record(ended, seconds, loop)
         if ended.error is not None:
             raise ended.error
         engine.gather(None)  # nobody leaves before rank 0 has written: a launcher may end the others then
@@ -149,8 +151,34 @@ class Run:
             best=self.begin.state.best if self.begin.state else None,
         )
 
-    def _record(self, ended: Outcome, seconds: float, sampled_bytes: int | None) -> None:
-        memory = rank_memory(self.facts.engine, self.rank, self.before, sampled_bytes)
+    def _outcome_of(self, loop: Loop, last: int) -> Outcome:
+        try:
+            done = loop.run(self.begin.step, last)
+        except OutOfMemory as full:
+            failure = self._describe(full, loop)
+            return Outcome("failed", failure, RunFailed(failure))
+        except KeyboardInterrupt as interrupt:
+            return Outcome("interrupted", "left at once", interrupt)
+        except RunFailed as error:
+            return Outcome("failed", str(error), error)
+        except Exception as error:
+            return Outcome("failed", f"{type(error).__name__}: {error}", error)
+        if done < last:
+            return Outcome("interrupted")
+        return Outcome("done" if done == self.facts.resolved.spec.train.steps else "stopped")
+
+    def _describe(self, full: OutOfMemory, loop: Loop) -> str:
+        resolved = self.facts.resolved
+        backend = registry.load(resolved.backend)
+
+        def refuses(spec: Spec) -> bool:
+            return bool(check_spec(spec, resolved.world) or backend.problems(spec, resolved.world))
+
+        checkpoints = self.directory.checkpoints if self.directory else None
+        return describe_out_of_memory(full, loop.step_memory, resolved.spec, refuses, checkpoints)
+
+    def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
+        memory = rank_memory(self.facts.engine, self.rank, self.before, loop)
         # After an error the other ranks may be gone: then only this one's memory is known.
         ranks = gather_memory(self.facts.engine, memory) if ended.error is None else [memory]
         if self.directory is None:
@@ -182,32 +210,6 @@ class Outcome:
     status: Status
     failure: str | None = None
     error: BaseException | None = None
-
-
-def _outcome_of(train: Callable[[], int], last: int, all_steps: int) -> Outcome:
-    try:
-        done = train()
-    except OutOfMemory as full:
-        failure = _describe_out_of_memory(full)
-        return Outcome("failed", failure, RunFailed(failure))
-    except KeyboardInterrupt as interrupt:
-        return Outcome("interrupted", "left at once", interrupt)
-    except RunFailed as error:
-        return Outcome("failed", str(error), error)
-    except Exception as error:
-        return Outcome("failed", f"{type(error).__name__}: {error}", error)
-    if done < last:
-        return Outcome("interrupted")
-    return Outcome("done" if done == all_steps else "stopped")
-
-
-def _describe_out_of_memory(full: OutOfMemory) -> str:
-    categories = full.memory.categories or {}
-    table = ", ".join(f"{name} {format_bytes(held)}" for name, held in categories.items())
-    return (
-        f"{full}; it held {table or 'an unknown amount'}. "
-        "Try a smaller batch.micro (the global batch and what is learned stay the same)"
-    )
 
 
 def say(first: bool, text: str) -> None:

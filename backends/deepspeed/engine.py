@@ -15,6 +15,7 @@ from xtrain.contract import (
     Accept,
     Batch,
     Counter,
+    Holdings,
     Job,
     LossSum,
     Memory,
@@ -173,6 +174,9 @@ class DeepSpeedEngine:
             live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
             reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
         return Memory(live, reserved, categories=None)
+
+    def holdings(self) -> Holdings:
+        return {}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return state.state_shapes(self.engine.module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from xtrain.contract import (
     JSON,
     Accept,
     Batch,
+    Holdings,
     LossSum,
     Memory,
     ModelSource,
@@ -24,6 +25,7 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
+from xtrain.ledger import count_bytes
 from xtrain.spec.tree import Spec
 
 from . import state
@@ -121,14 +123,18 @@ class ManualEngine:
         ]
 
     def memory(self) -> Memory:
-        optimizer_state = (value for kept in self.optimizer.state.values() for value in kept.values())
-        categories = {
-            "parameters": _bytes(self.model.parameters()),
-            "master": _bytes(self.weights.masters()),
-            "gradients": _bytes(p.grad for p in self.weights.trained.values()),
-            "optimizer": _bytes(optimizer_state),
-        }
+        categories = count_bytes(self.holdings()).get(str(self.device.torch_device), {})
         return Memory(self.device.live(), self.device.reserved(), categories)
+
+    def holdings(self) -> Holdings:
+        weights = (*self.weights.trained.values(), *self.weights.updated.values())
+        state = (value for kept in self.optimizer.state.values() for value in kept.values())
+        return {
+            "parameters": self.model.parameters(),
+            "master": self.weights.masters(),
+            "gradients": [p.grad for p in weights if p.grad is not None],
+            "optimizer": [value for value in state if isinstance(value, torch.Tensor)],
+        }
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return state.state_shapes(self.model)
@@ -177,7 +183,3 @@ class ManualEngine:
             if not self.device.is_out_of_memory(error):
                 raise
             raise OutOfMemory(str(self.device.torch_device), self.memory(), before_update) from error
-
-
-def _bytes(tensors: Iterable[object]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -12,6 +12,7 @@ from xtrain.contract import (
     Accept,
     Availability,
     Batch,
+    Holdings,
     Job,
     LossSum,
     Memory,
@@ -88,6 +89,9 @@ class NullEngine:
 
     def memory(self) -> Memory:
         return Memory(live=None, reserved=None, categories=None)
+
+    def holdings(self) -> Holdings:
+        return {}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {}
