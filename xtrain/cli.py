@@ -143,6 +143,31 @@ def translate(
         click.echo(json.dumps(translation.as_json(settings, loaded, origins), indent=2))
 
 
+@main.command("import")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write the spec here; must be new.")
+@click.option("--arguments", type=click.Path(path_type=Path), help="TrainingArguments that fill each auto.")
+@click.option("--world", type=click.IntRange(min=1), help="Processes that CONFIG is for.")
+@click.option("--backend", help="Whose config it is.  [default: the backend that has one]")
+def import_config(
+    config: Path, out: Path | None, arguments: Path | None, world: int | None, backend: str | None
+) -> None:
+    """Make a spec from CONFIG: a ds_config, or Hugging Face TrainingArguments, as JSON.
+
+    What was decided and what could not be carried over is said on standard error and in the spec.
+    """
+    from xtrain import imports
+
+    found = imports.import_file(config, arguments, world, backend)
+    text = imports.as_yaml(found, config)
+    for note in imports.notes(found):
+        click.echo(note, err=True)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        imports.write(text, out)
+
+
 @main.command()
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""

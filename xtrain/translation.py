@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from xtrain.contract import JSON, Problem
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
+
+Tree: TypeAlias = dict[str, Any]
+"""A spec or a config as plain data."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Setting:
 class Imported:
     """A spec, as plain data, that was made from a backend's config."""
 
-    spec: Mapping[str, Any]
-    """As it would stand in a file, defaults left out."""
+    spec: Tree
+    """As it would stand in a file."""
     chosen: Mapping[str, str]
     """Dotted spec key -> why it has its value, where the config did not simply say so."""
     left_out: Sequence[str]
@@ -58,21 +61,32 @@ class Translator(Protocol):
         """What of the spec such a config cannot carry."""
         ...
 
-    def imported(self, config: Mapping[str, Any], world: int) -> Imported:
-        """A spec from a config; SpecError names what is wrong in it."""
+    def imported(
+        self, config: Mapping[str, Any], world: int | None, arguments: Mapping[str, Any] | None
+    ) -> Imported:
+        """A spec, less what the config cannot know, from a config; SpecError names what is wrong in it.
+
+        `arguments` are Hugging Face's TrainingArguments, for values that the config leaves open.
+        """
         ...
 
 
 def nested(settings: Iterable[Setting]) -> dict[str, JSON]:
     """The config as a tree. A setting with an empty mapping stands for an empty section."""
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     for setting in settings:
-        *parents, leaf = setting.key.split(".")
+        placed(tree, {setting.key: setting.value})
+    return tree
+
+
+def placed(tree: Tree, values: Mapping[str, Any]) -> None:
+    """Put each value at its dotted key; sections that are missing are made."""
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
         section = tree
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[leaf] = setting.value
-    return tree
+        section[leaf] = value
 
 
 def translators() -> dict[str, Translator]:

@@ -9,6 +9,7 @@ from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resol
 from xtrain.translation import Imported, Setting
 
 from .environment import facts, prepare, probe
+from .imports import import_config
 from .standalone import find_standalone_problems, standalone_settings
 from .support import find_notes, find_problems
 from .translate import engine_settings, translate
@@ -46,10 +47,10 @@ class DeepSpeedBackend:
     def standalone_problems(self, spec: Spec, world: int) -> list[Problem]:
         return find_standalone_problems(spec)
 
-    def imported(self, config: Mapping[str, Any], world: int) -> Imported:
-        from .imports import import_config
-
-        return import_config(config, world)
+    def imported(
+        self, config: Mapping[str, Any], world: int | None, arguments: Mapping[str, Any] | None
+    ) -> Imported:
+        return import_config(config, world, arguments)
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
         prepare()

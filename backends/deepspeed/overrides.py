@@ -11,11 +11,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Problem
+from xtrain.spec.fits import fits
+from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
 from xtrain.translation import Setting
 
-from .known_keys import KNOWN, REMOVED, Schema
+from .known_keys import KNOWN, REMOVED
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -90,7 +92,7 @@ def merge(settings: Iterable[Setting], spec: Spec) -> list[Setting]:
     """
     merged = {setting.key: setting for setting in settings}
     for key, value in leaves(spec.deepspeed or {}):
-        if _entry(key, OWNERS) is None and _entry(key, FIXED) is None:
+        if covering(key, OWNERS) is None and covering(key, FIXED) is None:
             merged[key] = Setting(key, value, (f"deepspeed.{key}",))
     return list(merged.values())
 
@@ -117,20 +119,22 @@ def override_problems(spec: Spec, declared: Iterable[Setting]) -> Iterator[Probl
 
 def _problem(key: str, value: Any, says: Mapping[str, JSON]) -> Iterator[Problem]:
     path = f"deepspeed.{key}"
-    if removed := _entry(key, REMOVED):
+    if removed := covering(key, REMOVED):
         yield Problem(path, shown(value), REMOVED[removed], "leave it out")
+    elif is_section(key):
+        yield Problem(path, shown(value), "expected a section", "leave it out")
     elif key not in KNOWN:
-        yield Problem(path, shown(value), "unknown to DeepSpeed", _nearest(key))
+        yield Problem(path, shown(value), "unknown to DeepSpeed", nearest(key))
     elif value == "auto":
         yield Problem(path, "'auto'", "expected a value: nobody would replace it", "leave it out")
     elif not fits(value, KNOWN[key]):
         yield Problem(path, shown(value), f"expected {describe(KNOWN[key])}", "leave it out")
-    elif fixed := _entry(key, FIXED):
+    elif fixed := covering(key, FIXED):
         yield Problem(path, shown(value), f"not to be set here: {FIXED[fixed]}", "leave it out")
-    elif (owner := _entry(key, OWNERS)) and not _agrees(value, says.get(key)):
+    elif (owner := covering(key, OWNERS)) and not _agrees(value, says.get(key)):
         decided = f"{shown(says[key])}, from" if key in says else "nothing here: it is said by"
-        nearest = f"leave it out, or change {OWNERS[owner]}"
-        yield Problem(path, shown(value), f"expected {decided} {OWNERS[owner]}", nearest)
+        remedy = f"leave it out, or change {OWNERS[owner]}"
+        yield Problem(path, shown(value), f"expected {decided} {OWNERS[owner]}", remedy)
 
 
 def _agrees(value: Any, said: JSON) -> bool:
@@ -140,16 +144,12 @@ def _agrees(value: Any, said: JSON) -> bool:
     return value == said and isinstance(value, bool) == isinstance(said, bool)
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_section(key: str) -> bool:
+    """Whether DeepSpeed expects further keys below this one."""
+    return any(known.startswith(f"{key}.") for known in KNOWN)
 
 
-def _entry(key: str, table: Iterable[str]) -> str | None:
-    """The entry of `table` that `key` is, or lies below."""
-    return next((entry for entry in table if key == entry or key.startswith(f"{entry}.")), None)
-
-
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
     """The known key that was probably meant: beside it, or of that name in another block."""
     if near := get_close_matches(key, KNOWN, 1, 0.8):
         return f"did you mean {near[0]!r}?"
@@ -159,35 +159,3 @@ def _nearest(key: str) -> str:
     block = key.rpartition(".")[0]
     beside = [known.rpartition(".")[2] for known in KNOWN if known.rpartition(".")[0] == block]
     return f"known here: {', '.join(sorted(beside))}" if beside else "leave it out"
-
-
-def fits(value: Any, schema: Schema) -> bool:
-    """Whether `value` is of the kind that DeepSpeed takes; 5e8 passes for a whole number, as there."""
-    if "anyOf" in schema:
-        return any(fits(value, one) for one in schema["anyOf"])
-    if "enum" in schema:
-        return value in schema["enum"] and not isinstance(value, bool)
-    if not _is_a(value, schema.get("type", "any")):
-        return False
-    if not _number(value):
-        return True
-    above = "exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"]
-    return bool(above and schema.get("minimum", value) <= value <= schema.get("maximum", value))
-
-
-def _is_a(value: Any, kind: str) -> bool:
-    match kind:
-        case "integer":
-            return _number(value) and float(value).is_integer()
-        case "number":
-            return _number(value)
-        case "any":
-            return True
-    python: dict[str, type] = {
-        "boolean": bool,
-        "string": str,
-        "array": list,
-        "object": dict,
-        "null": type(None),
-    }
-    return isinstance(value, python[kind])

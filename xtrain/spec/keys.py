@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import BaseModel
 
@@ -35,7 +35,7 @@ def refusals(spec: Spec, refused: Mapping[str, str]) -> list[Problem]:
     ]
 
 
-def covering(key: str, table: Sequence[str]) -> str | None:
+def covering(key: str, table: Iterable[str]) -> str | None:
     """The entry of `table` that `key` is, or lies below."""
     return next((entry for entry in table if key == entry or key.startswith(f"{entry}.")), None)
 

@@ -1,0 +1,35 @@
+"""A ds_config's values by dotted key, taken one by one, so that what nobody took can be listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+class Leaves:
+    """What is left of a ds_config, and what was decided on the way."""
+
+    def __init__(self, flat: dict[str, Any], chosen: dict[str, str]) -> None:
+        self._flat = flat
+        self.chosen = chosen
+        """Spec key -> why it has its value, where the config did not simply say so."""
+        self.left_out: list[str] = []
+
+    def take(self, key: str, default: Any) -> Any:
+        """The value, which is then spoken for; `default` where there is none, or null."""
+        value = self._flat.pop(key, None)
+        return default if value is None else value
+
+    def get(self, key: str, default: Any) -> Any:
+        return self._flat.get(key, default)
+
+    def drop(self, prefix: str) -> None:
+        """Forget every key that begins so."""
+        for key in [key for key in self._flat if key.startswith(prefix)]:
+            del self._flat[key]
+
+    def say(self, spec_key: str, why: str) -> None:
+        self.chosen[spec_key] = why
+
+    def remaining(self) -> Iterator[tuple[str, Any]]:
+        yield from self._flat.items()

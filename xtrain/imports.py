@@ -1,0 +1,139 @@
+"""`xtrain import`: a spec from a config that was written for something else, with all that was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xtrain.errors import RequestError, SpecError
+from xtrain.jsonfile import read_json
+from xtrain.printable import printable
+from xtrain.spec.check import check_spec
+from xtrain.spec.problems import find_faults, translate
+from xtrain.spec.tree import Spec
+from xtrain.training_arguments import STEPS, import_arguments, is_training_arguments
+from xtrain.translate import find_translator
+from xtrain.translation import Imported, Tree, placed
+
+STAND_INS: dict[str, tuple[Any, str]] = {
+    "model.preset": ("gpt2", "a stand-in: the config does not know the model"),
+    "data.source": ("stdlib", "a stand-in: the config does not know the data"),
+    "train.steps": (STEPS, "a stand-in: the config does not say how long"),
+    "optimizer.lr": (3e-4, "a stand-in: the config has no learning rate"),
+}
+ORDER = ("model", "data", "batch", "train", "optimizer", "schedule", "precision", "memory")
+
+
+def import_file(path: Path, arguments_path: Path | None, world: int | None, backend: str | None) -> Imported:
+    """The spec for the config at `path`, complete and checked; RequestError says what is wrong in a file."""
+    config = read_json(path)
+    if is_training_arguments(config):
+        if arguments_path is not None:
+            raise RequestError(
+                f"{path}: these are TrainingArguments; --arguments is for a config beside them"
+            )
+        return _completed(_from_arguments(path, config, world, backend), path)
+    arguments = read_json(arguments_path) if arguments_path is not None else None
+    found = _imported(path, config, world, backend, arguments)
+    if arguments is not None:
+        processes = found.spec.get("launch", {}).get("processes", world or 1)
+        found = _over(import_arguments(arguments, processes), found)
+    return _completed(found, path)
+
+
+def _from_arguments(
+    path: Path, arguments: Mapping[str, Any], world: int | None, backend: str | None
+) -> Imported:
+    """From TrainingArguments, and the config that stands in them, if one does."""
+    try:
+        found = import_arguments(arguments, world or 1)
+    except SpecError as error:
+        raise SpecError(str(path), error.problems) from error
+    config = arguments.get("deepspeed")
+    if isinstance(config, dict):
+        return _over(found, _imported(path, config, world, backend, arguments))
+    if isinstance(config, str) and config:
+        again = f"deepspeed: {printable(config)}: not read; import it with --arguments {path.name}"
+        return Imported(found.spec, found.chosen, [*found.left_out, again])
+    return found
+
+
+def _imported(
+    path: Path,
+    config: Mapping[str, Any],
+    world: int | None,
+    backend: str | None,
+    arguments: Mapping[str, Any] | None,
+) -> Imported:
+    try:
+        return find_translator(backend).imported(config, world, arguments)
+    except SpecError as error:
+        raise SpecError(str(path), error.problems) from error
+
+
+def _over(base: Imported, upper: Imported) -> Imported:
+    """Both; what `upper` says wins. `optimizer` and `schedule` are not mixed key by key."""
+    spec = {**base.spec}
+    for name, section in upper.spec.items():
+        mixed = isinstance(section, dict) and isinstance(spec.get(name), dict) and name not in ("schedule",)
+        spec[name] = {**spec[name], **section} if mixed else section
+    return Imported(spec, {**base.chosen, **upper.chosen}, [*base.left_out, *upper.left_out])
+
+
+def _completed(found: Imported, path: Path) -> Imported:
+    """With stand-ins for what the config cannot know, and checked as a spec."""
+    spec, chosen = {**found.spec}, dict(found.chosen)
+    for key, (value, why) in STAND_INS.items():
+        section, _, name = key.partition(".")
+        if name not in spec.get(section, {}):
+            spec[section] = {**spec.get(section, {})}
+            placed(spec, {key: value})
+            chosen[key] = why
+    problems = translate(find_faults(spec), spec) or check_spec(Spec.model_validate(spec))
+    if problems:
+        raise SpecError(f"the spec made from {path}", problems)
+    return Imported(spec, chosen, found.left_out)
+
+
+def notes(found: Imported) -> list[str]:
+    """What a person should know, a line each."""
+    decided = [f"{key}: {why}" for key, why in found.chosen.items()]
+    return [printable(line) for line in (*decided, *(f"not carried: {one}" for one in found.left_out))]
+
+
+def as_yaml(found: Imported, path: Path) -> str:
+    """A spec file, with the notes as comments at its head."""
+    head = [f"# Made by `xtrain import` from {printable(path.name)}. Model and data are to be filled in."]
+    head += [f"#   {note}" for note in notes(found)]
+    sections = sorted(found.spec, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    body = [line for name in sections for line in _lines({name: found.spec[name]}, 0)]
+    return "\n".join([*head, "", *body, ""])
+
+
+def _lines(tree: Tree, depth: int) -> Iterator[str]:
+    for key, value in tree.items():
+        indent = "  " * depth
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, depth + 1)
+        else:
+            yield f"{indent}{key}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def write(text: str, out: Path) -> None:
+    """Into a new file; RequestError where there is one already, or none can be."""
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RequestError(f"{out} exists; name a new file with --out") from error
+    except OSError as error:
+        raise RequestError(f"{out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,172 @@
+"""Hugging Face TrainingArguments, as JSON, -> the parts of a spec that they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xtrain.contract import Problem
+from xtrain.errors import SpecError
+from xtrain.spec.fits import fits
+from xtrain.spec.problems import shown
+from xtrain.spec.schema import Schema, describe
+from xtrain.translation import Imported, Tree, placed
+
+TELLTALE = frozenset(
+    {
+        "per_device_train_batch_size",
+        "learning_rate",
+        "output_dir",
+        "num_train_epochs",
+        "max_steps",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "gradient_checkpointing",
+    }
+)
+"""Keys by which the file is known; no ds_config has one of them at its top level."""
+NUMBER: Schema = {"type": "number", "minimum": 0}
+COUNT: Schema = {"type": "integer", "minimum": 1}
+NATURAL: Schema = {"type": "integer", "minimum": 0}
+FLAG: Schema = {"type": "boolean"}
+TEXT: Schema = {"type": "string"}
+OPTIONAL_TEXT: Schema = {"anyOf": [TEXT, {"type": "null"}]}
+KINDS: dict[str, Schema] = {
+    "per_device_train_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "learning_rate": {"type": "number", "exclusiveMinimum": 0},
+    "weight_decay": NUMBER,
+    "adam_beta1": NUMBER,
+    "adam_beta2": NUMBER,
+    "adam_epsilon": NUMBER,
+    "max_grad_norm": {"anyOf": [NUMBER, {"type": "null"}]},
+    "max_steps": {"type": "integer"},
+    "num_train_epochs": {"type": "number"},
+    "lr_scheduler_type": TEXT,
+    "lr_scheduler_kwargs": {"anyOf": [{"type": "object"}, TEXT, {"type": "null"}]},
+    "warmup_steps": NUMBER,
+    "warmup_ratio": {"anyOf": [{**NUMBER, "maximum": 1}, {"type": "null"}]},
+    "optim": TEXT,
+    "seed": NATURAL,
+    "bf16": FLAG,
+    "fp16": FLAG,
+    "gradient_checkpointing": FLAG,
+    "torch_compile": FLAG,
+    "logging_steps": NUMBER,
+    "save_strategy": TEXT,
+    "save_steps": NUMBER,
+    "save_total_limit": {"anyOf": [COUNT, {"type": "null"}]},
+    "eval_strategy": TEXT,
+    "eval_steps": {"anyOf": [NUMBER, {"type": "null"}]},
+    "report_to": {"anyOf": [TEXT, {"type": "array"}, {"type": "null"}]},
+    "deepspeed": {"anyOf": [{"type": "object"}, OPTIONAL_TEXT]},
+}
+"""What is read, and of which kind it has to be; a number of steps below 1 is a share of max_steps."""
+STEPS = 1000
+"""Where the arguments count in epochs."""
+NOTHING: tuple[object, ...] = (None, False, "", [], {}, 0, -1, "no", "none", "auto")
+
+
+def is_training_arguments(data: Mapping[str, Any]) -> bool:
+    return not TELLTALE.isdisjoint(data)
+
+
+def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
+    """The spec for `world` processes, less model and data; SpecError where a value is of a wrong kind."""
+    problems = [
+        Problem(key, shown(arguments[key]), f"expected {describe(schema)}")
+        for key, schema in KINDS.items()
+        if key in arguments and not fits(arguments[key], schema)
+    ]
+    if problems:
+        raise SpecError("the TrainingArguments", problems)
+    tree: Tree = {}
+    chosen: dict[str, str] = {}
+    left_out: list[str] = []
+    given = {key: value for key, value in arguments.items() if value is not None}
+    placed(tree, _batch(given, world, chosen))
+    placed(tree, _train(given, chosen))
+    placed(tree, _optimizer(given, left_out))
+    placed(tree, {"schedule": _schedule(given, tree["train"]["steps"], left_out)})
+    placed(tree, _surroundings(given))
+    others = sorted(key for key in set(given) - set(KINDS) if given[key] not in NOTHING)
+    if others:
+        left_out.append(f"without a counterpart in the spec: {', '.join(others)}")
+    return Imported(tree, chosen, left_out)
+
+
+def _batch(given: Mapping[str, Any], world: int, chosen: dict[str, str]) -> Tree:
+    micro = int(given.get("per_device_train_batch_size", 8))
+    passes = int(given.get("gradient_accumulation_steps", 1))
+    chosen["batch.global"] = f"{micro} x {passes} passes x {world} process{'es' * (world > 1)}"
+    tree: Tree = {"batch.global": micro * passes * world, "batch.micro": micro}
+    return {**tree, "launch.processes": world} if world > 1 else tree
+
+
+def _train(given: Mapping[str, Any], chosen: dict[str, str]) -> Tree:
+    steps = int(given.get("max_steps", -1))
+    if steps <= 0:
+        epochs = given.get("num_train_epochs", 3)
+        chosen["train.steps"] = f"a stand-in: {epochs} epochs are as many updates as the data has"
+        steps = STEPS
+    clip = float(given.get("max_grad_norm", 1.0))
+    return {"train.steps": steps, "train.seed": int(given.get("seed", 42)), "train.clip": clip or None}
+
+
+def _optimizer(given: Mapping[str, Any], left_out: list[str]) -> Tree:
+    name, rate = given.get("optim", "adamw_torch"), float(given.get("learning_rate", 5e-5))
+    if name == "sgd":
+        return {"optimizer": {"name": "sgd", "lr": rate}}
+    if not name.startswith("adamw_torch"):
+        left_out.append(f"optim: {shown(name)}: xtrain has adamw and sgd; adamw was written")
+    betas = [float(given.get("adam_beta1", 0.9)), float(given.get("adam_beta2", 0.999))]
+    eps, decay = float(given.get("adam_epsilon", 1e-8)), float(given.get("weight_decay", 0.0))
+    return {"optimizer": {"name": "adamw", "lr": rate, "betas": betas, "eps": eps, "weight_decay": decay}}
+
+
+def _schedule(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree:
+    kind = given.get("lr_scheduler_type", "linear")
+    extra = given.get("lr_scheduler_kwargs") or {}
+    extra = extra if isinstance(extra, dict) else {}
+    warmup = _steps(given.get("warmup_steps", 0), steps) or int(float(given.get("warmup_ratio", 0)) * steps)
+    match kind:
+        case "linear":
+            return {"name": "linear", "warmup": warmup}
+        case "constant":
+            return {"name": "constant"}
+        case "constant_with_warmup":
+            return {"name": "constant", "warmup": warmup}
+        case "cosine":
+            cycles = float(extra.get("num_cycles", 0.5))
+            return {"name": "cosine", "warmup": warmup, "min_ratio": 0.0, "cycles": cycles}
+        case "cosine_with_min_lr" if "min_lr_rate" in extra:
+            return {"name": "cosine", "warmup": warmup, "min_ratio": float(extra["min_lr_rate"])}
+    left_out.append(f"lr_scheduler_type: {shown(kind)}: not carried over; linear was written")
+    return {"name": "linear", "warmup": warmup}
+
+
+def _surroundings(given: Mapping[str, Any]) -> Tree:
+    """Precision, checkpointing, saving, logging."""
+    dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
+    tree: Tree = {"precision": {"dtype": dtype, "weights": "fp32"} if dtype == "fp16" else dtype}
+    if given.get("gradient_checkpointing"):
+        tree["memory.checkpointing"] = {"every": 1}
+    if given.get("torch_compile"):
+        tree["train.compile"] = True
+    tree["log.every_steps"] = max(1, int(given.get("logging_steps", 500)))
+    if given.get("save_strategy", "steps") == "steps" and given.get("save_steps", 500) >= 1:
+        tree["checkpoint.every_steps"] = int(given.get("save_steps", 500))
+    if "save_total_limit" in given:
+        tree["checkpoint.keep"] = int(given["save_total_limit"])
+    if given.get("eval_strategy") == "steps":
+        tree["train.eval_every"] = max(1, int(given.get("eval_steps", given.get("logging_steps", 500))))
+    asked = given.get("report_to", [])
+    asked = [asked] if isinstance(asked, str) else asked
+    trackers = [name for name in ("tensorboard", "wandb") if name in asked]
+    if trackers:
+        tree["log.trackers"] = trackers
+    return tree
+
+
+def _steps(value: float, steps: int) -> int:
+    return int(value * steps) if value < 1 else int(value)
