@@ -10,18 +10,20 @@ import yaml
 
 from xtrain.errors import RequestError, SpecError
 from xtrain.jsonfile import read_json
+from xtrain.models.presets import PRESETS
 from xtrain.printable import printable
 from xtrain.spec.check import check_spec
 from xtrain.spec.problems import find_faults, translate
 from xtrain.spec.tree import Spec
 from xtrain.training_arguments import STEPS, import_arguments, is_training_arguments
 from xtrain.translate import find_translator
-from xtrain.translation import Imported, Tree, placed
+from xtrain.translation import Imported, Tree
 
 STAND_INS: dict[str, tuple[Any, str]] = {
     "model.preset": ("gpt2", "a stand-in: the config does not know the model"),
     "data.source": ("stdlib", "a stand-in: the config does not know the data"),
     "train.steps": (STEPS, "a stand-in: the config does not say how long"),
+    "schedule.name": ("constant", "the config has no scheduler"),
     "optimizer.lr": (3e-4, "a stand-in: the config has no learning rate"),
 }
 ORDER = ("model", "data", "batch", "train", "optimizer", "schedule", "precision", "memory")
@@ -32,9 +34,7 @@ def import_file(path: Path, arguments_path: Path | None, world: int | None, back
     config = read_json(path)
     if is_training_arguments(config):
         if arguments_path is not None:
-            raise RequestError(
-                f"{path}: these are TrainingArguments; --arguments is for a config beside them"
-            )
+            raise RequestError(f"{path}: already TrainingArguments; --arguments goes with a config")
         return _completed(_from_arguments(path, config, world, backend), path)
     arguments = read_json(arguments_path) if arguments_path is not None else None
     found = _imported(path, config, world, backend, arguments)
@@ -89,9 +89,13 @@ def _completed(found: Imported, path: Path) -> Imported:
     for key, (value, why) in STAND_INS.items():
         section, _, name = key.partition(".")
         if name not in spec.get(section, {}):
-            spec[section] = {**spec.get(section, {})}
-            placed(spec, {key: value})
+            spec[section] = {**spec.get(section, {}), name: value}
             chosen[key] = why
+    groups = spec.get("memory", {}).get("checkpointing", {}).get("number", 0)
+    if "model.preset" in chosen and groups > PRESETS["gpt2"].layers:  # no more groups than layers
+        spec["model"]["layers"] = groups
+    if "stand-in" in chosen.get("train.steps", ""):  # that leaves room for the warm-up
+        spec["train"]["steps"] = max(spec["train"]["steps"], 2 * spec["schedule"].get("warmup", 0))
     problems = translate(find_faults(spec), spec) or check_spec(Spec.model_validate(spec))
     if problems:
         raise SpecError(f"the spec made from {path}", problems)

@@ -58,7 +58,7 @@ KINDS: dict[str, Schema] = {
     "save_total_limit": {"anyOf": [COUNT, {"type": "null"}]},
     "eval_strategy": TEXT,
     "eval_steps": {"anyOf": [NUMBER, {"type": "null"}]},
-    "report_to": {"anyOf": [TEXT, {"type": "array"}, {"type": "null"}]},
+    "report_to": {"anyOf": [TEXT, {"type": "array", "items": TEXT}, {"type": "null"}]},
     "deepspeed": {"anyOf": [{"type": "object"}, OPTIONAL_TEXT]},
 }
 """What is read, and of which kind it has to be; a number of steps below 1 is a share of max_steps."""

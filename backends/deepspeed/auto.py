@@ -1,4 +1,4 @@
-""" "auto" in a ds_config, resolved as Hugging Face's Trainer does: from TrainingArguments, or their defaults."""
+"""What stands for "auto" in a ds_config, as with Hugging Face: TrainingArguments, or their defaults."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ SPEC_KEYS = {
     "optimizer.params.betas": "optimizer.betas",
     "optimizer.params.eps": "optimizer.eps",
     "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "scheduler.params.warmup_min_lr": "schedule",
     "scheduler.params.warmup_max_lr": "optimizer.lr",
     "scheduler.params.warmup_num_steps": "schedule.warmup",
     "scheduler.params.total_num_steps": "train.steps",
@@ -65,16 +66,16 @@ def _fill(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
     """The value for an "auto" at `key`, None where there is none, and a sentence about it."""
     if key == "optimizer.params.betas":
         betas = [arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999)]
-        return betas, f"was auto: {betas}, from adam_beta1 and adam_beta2"
+        return betas, f"{key} was auto: {betas}, from adam_beta1 and adam_beta2"
     if key == "scheduler.params.warmup_min_lr":
-        return 0.0, "was auto: 0"
+        return 0.0, f"{key} was auto: 0"
     if key == "train_batch_size":
-        return None, "was auto: micro x accumulation x processes"
+        return None, f"{key} was auto: micro x accumulation x processes"
     if key not in ARGUMENTS:
         return None, "was auto: xtrain derives it from the model"
     argument, default = ARGUMENTS[key]
     value = arguments.get(argument, default)
     if argument == "max_steps" and value <= 0:
-        return None, "was auto, and max_steps is not given"
+        return None, f"{key} was auto, and max_steps is not given"
     given = argument if argument in arguments else f"the default of {argument}"
-    return value, f"was auto: {value}, {given}"
+    return value, f"{key} was auto: {value}, {given}"

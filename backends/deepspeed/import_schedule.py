@@ -21,7 +21,7 @@ PARAMS: dict[str, Schema] = {
     "eps": NUMBER,
     "weight_decay": NUMBER,
     "momentum": NUMBER,
-    "betas": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    "betas": {"type": "array", "items": {**NUMBER, "maximum": 1}, "minItems": 2, "maxItems": 2},
     "warmup_min_lr": NUMBER,
     "warmup_max_lr": NUMBER,
     "warmup_num_steps": COUNT,
@@ -55,7 +55,7 @@ def import_optimizer(found: Leaves) -> Tree:
             value = params.pop(key)
             tree[f"optimizer.{key}"] = [float(one) for one in value] if key == "betas" else float(value)
     if name == "adamw":
-        _state_defaults(tree, found)
+        _state_defaults(tree, found, bool(params.get("torch_adam")))
     if not tree.get("optimizer.lr"):
         tree.pop("optimizer.lr", None)  # 0 before the first step of a scheduler that knows the peak
     unused = sorted(set(params) - WITHOUT_MEANING)
@@ -65,23 +65,24 @@ def import_optimizer(found: Leaves) -> Tree:
     return tree
 
 
-def _state_defaults(tree: Tree, found: Leaves) -> None:
-    """What torch's AdamW would have, where the config leaves it to it."""
-    for key, default in (("betas", [0.9, 0.999]), ("weight_decay", 0.01)):
+def _state_defaults(tree: Tree, found: Leaves, torch_adam: bool) -> None:
+    """What the optimizer would have by itself, where the config leaves it to it."""
+    whose = "torch's AdamW" if torch_adam else "DeepSpeed's Adam"
+    for key, default in (("betas", [0.9, 0.999]), ("weight_decay", 0.01 if torch_adam else 0.0)):
         if f"optimizer.{key}" not in tree:
             tree[f"optimizer.{key}"] = default
-            found.say(f"optimizer.{key}", f"{default}: the default of torch's AdamW")
+            found.say(f"optimizer.{key}", f"{default}: the default of {whose}")
     if tree["optimizer.weight_decay"]:
         why = "on matrices only here; a plain script decays what its parameter groups say"
         found.chosen.setdefault("optimizer.weight_decay", why)
 
 
 def import_schedule(found: Leaves) -> Tree:
-    """The schedule with the same formula; constant where the config has none."""
+    """The schedule with the same formula; nothing where the config has none."""
     kind = found.take("scheduler.type", None)
     params = _params(found, "scheduler.params")
     if kind is None:
-        return {"schedule": {"name": "constant"}}
+        return {}
     if kind not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
         found.left_out.append(
             f"scheduler.type: {shown(kind)}: no such schedule in xtrain; constant was written"
@@ -123,18 +124,8 @@ def _params(found: Leaves, key: str) -> dict[str, Any]:
     problems = [
         Problem(f"{key}.{name}", shown(value), f"expected {describe(PARAMS[name])}")
         for name, value in params.items()
-        if name in PARAMS and not _sound(value, PARAMS[name])
+        if name in PARAMS and not fits(value, PARAMS[name])
     ]
     if problems:
         raise SpecError("the ds_config", problems)
     return params
-
-
-def _sound(value: Any, schema: Schema) -> bool:
-    if schema.get("type") != "array":
-        return fits(value, schema)
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(fits(one, {**NUMBER, "maximum": 1}) for one in value)
-    )

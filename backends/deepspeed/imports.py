@@ -9,7 +9,7 @@ from xtrain.contract import Problem
 from xtrain.errors import SpecError
 from xtrain.spec.fits import fits
 from xtrain.spec.keys import covering
-from xtrain.spec.problems import shown
+from xtrain.spec.problems import find_faults, shown, translate
 from xtrain.spec.schema import describe
 from xtrain.spec.tree import Spec
 from xtrain.translation import Imported, Tree, placed
@@ -95,25 +95,33 @@ def _zero(found: Leaves) -> Tree:
 
 
 def _precision(found: Leaves) -> Tree:
-    if found.take("bf16.enabled", False):
+    on = {name: found.take(f"{name}.enabled", False) for name in ("bf16", "fp16", "torch_autocast")}
+    for name in (name for name, enabled in on.items() if not enabled):
+        found.drop(f"{name}.")
+    if on["bf16"]:
         return {"precision": {"dtype": "bf16", "weights": "bf16"}}
-    if found.take("fp16.enabled", False):
-        keys = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-        given = {key: found.take(f"fp16.{key}", None) for key in keys}
-        if given["loss_scale"]:  # with a fixed scale the others have no effect
-            given = {"loss_scale": given["loss_scale"]}
-        floats = ("loss_scale", "min_loss_scale")
-        scaler = {k: float(v) if k in floats else int(v) for k, v in given.items() if v is not None}
-        return {"precision": {"dtype": "fp16", "weights": "fp16", **scaler}}
-    if not found.take("torch_autocast.enabled", False):
-        return {"precision": "fp32"}
+    if on["fp16"]:
+        return {"precision": {"dtype": "fp16", "weights": "fp16", **_scaler(found)}}
+    return {"precision": _autocast(found) if on["torch_autocast"] else "fp32"}
+
+
+def _scaler(found: Leaves) -> Tree:
+    keys = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
+    given = {key: found.take(f"fp16.{key}", None) for key in keys}
+    if given["loss_scale"]:  # with a fixed scale the others have no effect
+        return {"loss_scale": float(given["loss_scale"])}
+    floats = ("loss_scale", "min_loss_scale")
+    return {k: float(v) if k in floats else int(v) for k, v in given.items() if v is not None}
+
+
+def _autocast(found: Leaves) -> Tree:
     dtype = found.take("torch_autocast.dtype", "bfloat16")
     if found.take("torch_autocast.lower_precision_safe_modules", None) != []:
         found.left_out.append(
             "torch_autocast.lower_precision_safe_modules: all gradients are reduced in fp32 here"
         )
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
-    return {"precision": {"dtype": short, "weights": "fp32"}}
+    return {"dtype": short, "weights": "fp32"}
 
 
 def _log(found: Leaves) -> Tree:
@@ -122,10 +130,13 @@ def _log(found: Leaves) -> Tree:
     if every != NEVER:
         tree["log.every_steps"] = int(every)
         found.say("log.every_steps", "from steps_per_print")
-    trackers = [name for name in ("tensorboard", "wandb") if found.take(f"{name}.enabled", False)]
-    if trackers:
-        tree["log.trackers"] = trackers
-    return tree
+    trackers = []
+    for name in ("tensorboard", "wandb"):
+        if found.take(f"{name}.enabled", False):
+            trackers.append(name)
+        else:
+            found.drop(f"{name}.")
+    return {**tree, "log.trackers": trackers} if trackers else tree
 
 
 def _checkpointing(found: Leaves) -> Tree:
@@ -151,7 +162,7 @@ def _overrides(found: Leaves, tree: Tree) -> dict[str, Any]:
     for key, value in found.remaining():
         if (reason := _not_carried(key)) is None:
             number = int(value) if KNOWN[key].get("type") == "integer" else value
-            if derived.get(key) != number and not (key not in derived and number in (False, None, {}, [])):
+            if number != derived.get(key, KNOWN[key].get("default")):
                 placed(rest, {key: number})
         elif value not in (False, None, "none", {}, []) and key not in SILENT and derived.get(key) != value:
             found.left_out.append(f"{key}: {shown(value)}: {reason}")
@@ -172,14 +183,17 @@ def _not_carried(key: str) -> str | None:
 
 
 def _derived(tree: Tree) -> dict[str, Any]:
-    """What xtrain would set, for a model whose size is not known to the ds_config."""
-    stand_in = {
-        "model": {"factory": "stand:in"},
-        "data": {"source": "synthetic"},
-        "train": {"steps": 1},
-        "optimizer": {"lr": 1.0},
-    }
-    sections = {name: tree[name] for name in ("batch", "memory", "precision") if name in tree}
-    spec = Spec.model_validate({**stand_in, **sections})
+    """What xtrain sets whatever the model is; None for what it would derive from the model's size."""
+    with_size, without = (_settings(tree, model) for model in ({"preset": "gpt2"}, {"factory": "stand:in"}))
+    return {key: without.get(key) for key in with_size}
+
+
+def _settings(tree: Tree, model: Tree) -> dict[str, Any]:
+    sections: Tree = {name: tree[name] for name in ("batch", "memory", "precision") if name in tree}
+    rest = {"data": {"source": "synthetic"}, "train": {"steps": 1}, "optimizer": {"lr": 1.0}}
+    data: Tree = {"model": model, **rest, **sections}
+    if problems := translate(find_faults(data), data):
+        raise SpecError("the spec made from the ds_config", problems)
+    spec = Spec.model_validate(data)
     world = tree.get("launch", {}).get("processes", 1)
     return {setting.key: setting.value for setting in engine_settings(spec, world)}

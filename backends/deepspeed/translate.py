@@ -6,10 +6,12 @@ Every value is a Setting that knows the spec keys it follows from; mapping.py, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON
+from xtrain.models.presets import dimensions
 from xtrain.translation import Setting, nested
 
 from .overrides import merge
@@ -99,19 +101,31 @@ def _communication(spec: Spec) -> Iterator[Setting]:
 
 
 def _activation_checkpointing(spec: Spec) -> Iterator[Setting]:
-    """The block of deepspeed.checkpointing; which layers are recomputed xtrain decides by itself."""
-    if spec.memory == "auto" or not spec.memory.checkpointing.enabled:
+    """The block of deepspeed.checkpointing, where the spec says something that it has a word for."""
+    if spec.memory == "auto":
+        return
+    groups, on_cpu = _groups(spec), spec.memory.offload.activations.device == "cpu"
+    if groups is None and not on_cpu:
         return
     block, off = "activation_checkpointing", "off unless deepspeed.activation_checkpointing says otherwise"
-    on_cpu = spec.memory.offload.activations.device == "cpu"
-    yield Setting(f"{block}.partition_activations", on_cpu, ("memory.offload.activations",), "with cpu only")
-    yield Setting(f"{block}.cpu_checkpointing", on_cpu, ("memory.offload.activations",), "true for cpu")
+    cpu = ("memory.offload.activations",)
+    yield Setting(f"{block}.partition_activations", on_cpu, cpu, "with cpu: it fails alone")
+    yield Setting(f"{block}.cpu_checkpointing", on_cpu, cpu, "true for cpu")
     yield Setting(f"{block}.contiguous_memory_optimization", False, (), off)
-    number = spec.memory.checkpointing.number
-    if number is not None:
-        yield Setting(f"{block}.number_checkpoints", number, ("memory.checkpointing.number",))
+    if groups is not None:
+        keys = ("memory.checkpointing.number", "memory.checkpointing.every")
+        yield Setting(f"{block}.number_checkpoints", groups, keys, "groups of recomputed layers")
     yield Setting(f"{block}.synchronize_checkpoint_boundary", False, (), off)
     yield Setting(f"{block}.profile", False, (), off)
+
+
+def _groups(spec: Spec) -> int | None:
+    """How many groups of layers are recomputed, where that can be known without building the model."""
+    assert spec.memory != "auto"
+    every, number = spec.memory.checkpointing.every, spec.memory.checkpointing.number
+    if every is not None and spec.model.preset is not None:
+        return math.ceil(dimensions(spec).layers / every)
+    return number
 
 
 def _own_optimizer() -> Iterator[Setting]:

@@ -133,7 +133,7 @@ def _target(block: str, target: OffloadTarget, key: str) -> Iterator[Setting]:
     yield Setting(f"{block}.device", target.device, (f"{key}.device",))
     if target.device == "nvme":
         yield Setting(f"{block}.nvme_path", target.path, (f"{key}.path",))
-    yield Setting(f"{block}.pin_memory", False, (), "fixed: pinned memory cannot be paged out")
+    yield Setting(f"{block}.pin_memory", True, (), "fixed: DeepSpeed's default; copies overlap with compute")
 
 
 def _swap_buffers(pieces: Pieces) -> Iterator[Setting]:

@@ -177,8 +177,10 @@ def field_schema(field: FieldInfo) -> dict[str, Any]:
     """Of a field's type, with its bounds; a deprecated or optional one takes null too."""
     options = get_args(field.annotation) if get_origin(field.annotation) is Union else (field.annotation,)
     (kind,) = [one for one in options if one is not type(None)]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        schema: dict[str, Any] = {"enum": list(dict.fromkeys(member.value for member in kind))}
+    if isinstance(kind, type) and issubclass(kind, int) and issubclass(kind, Enum):
+        schema: dict[str, Any] = {"type": "integer", "minimum": int(min(kind)), "maximum": int(max(kind))}
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        schema = {"enum": list(dict.fromkeys(member.value for member in kind))}
     elif kind is Path:
         schema = {"type": "string"}
     else:
@@ -187,7 +189,9 @@ def field_schema(field: FieldInfo) -> dict[str, Any]:
         for attribute, word in (("ge", "minimum"), ("gt", "exclusiveMinimum"), ("le", "maximum")):
             if hasattr(bound, attribute):
                 schema[word] = getattr(bound, attribute)
-    return schema if len(options) == 1 else {"anyOf": [schema, {"type": "null"}]}
+    whole = schema if len(options) == 1 else {"anyOf": [schema, {"type": "null"}]}
+    default = field.default.value if isinstance(field.default, Enum) else field.default
+    return {**whole, "default": int(default) if schema.get("type") == "integer" else default}
 
 
 def known_keys() -> dict[str, dict[str, Any]]:
@@ -200,7 +204,9 @@ def known_keys() -> dict[str, dict[str, Any]]:
     found |= {block: {"type": "object"} for block in WHOLE}
     for block, defaults in (("aio", AIO_DEFAULT_DICT), ("activation_checkpointing", ACT_CHKPT_DEFAULT)):
         for key, default in defaults.items():
-            found.setdefault(f"{block}.{key}", {"type": kinds.get(type(default), "string")})
+            found.setdefault(
+                f"{block}.{key}", {"type": kinds.get(type(default), "string"), "default": default}
+            )
     for block, model in modelled().items():
         found |= dict(fields(model, block))
     return found
