@@ -23,7 +23,7 @@ from xtrain.worker import FOLDER, Ending, leave_word
 
 WORKERS = Path(__file__).parent / "workers"
 MARK = "XTRAIN_TEST_OF_LAUNCHING"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 """For what takes a second on an idle machine."""
 
 Value = TypeVar("Value")
@@ -115,7 +115,10 @@ def _environ(process: psutil.Process) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_workers_form_one_job_and_share_the_cores(started: Callable[..., Launcher]) -> None:
+def test_workers_form_one_job_and_share_the_cores(
+    started: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NODE_RANK", "a default of torchrun's that another job set")
     launcher = started("exits")
     code, message, errors = launcher.end()
     assert (code, message) == (0, "")
@@ -196,7 +199,7 @@ def test_second_interrupt_ends_workers_that_do_not_listen_and_what_they_started(
     assert launcher.process.poll() is None, "a second SIGTERM is no second Ctrl-C"
     launcher.process.send_signal(signal.SIGINT)
     code, message, _ = launcher.end()
-    assert (code, message) == (1, "the workers were ended at once, as asked; what was saved before stands")
+    assert (code, message) == (130, "the workers were ended at once, as asked; what was saved before stands")
 
 
 @pytest.mark.slow
@@ -206,8 +209,7 @@ def test_signal_before_training_began_loses_nothing(started: Callable[..., Launc
         launcher.record(rank, "pid")
     launcher.process.send_signal(signal.SIGTERM)
     code, message, _ = launcher.end()
-    assert code == 75
-    assert message == "SIGTERM came before training began or after it ended: nothing to save"
+    assert (code, message) == (143, "SIGTERM came before training began: nothing was changed")
 
 
 # --- nobody is left behind -----------------------------------------------------------------------

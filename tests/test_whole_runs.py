@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps
 from xtrain.record import load_record
+from xtrain.request import this_program
 
 null: Any = importlib.import_module("xtrain.backends.null.backend")
 
@@ -72,7 +74,8 @@ def test_stop_after_stops_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert steps(out) == [1, 2, 3, 4, 5]
     assert checkpoints(out) == [4, 5]
     spec = tmp_path / "spec.yaml"
-    assert f"go on with: xtrain run {spec} --backend null --resume {out}\n" in result.stderr
+    program = shlex.join(this_program())
+    assert f"go on with: {program} run {spec} --backend null --resume {out}\n" in result.stderr
 
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, index: int, number: signal.Signals) -> None:

@@ -21,6 +21,8 @@ from xtrain.supervise import AGENT, children, is_alive, kill_groups, watch_lifel
 from xtrain.worker import FOLDER, ending, process_ids, said_at
 
 AGENT_ENDING = "agent.json"
+DEFAULTS = "PET_"
+"""torchrun takes defaults for its options from variables that begin so: another job's, here."""
 GRACE_SECONDS = 5.0
 """Left to the others once a worker has failed: enough to write down how far they came."""
 LOOK_SECONDS = 0.1
@@ -50,6 +52,8 @@ def _run(processes: str, command: list[str], folder: Path) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    for name in [name for name in os.environ if name.startswith(DEFAULTS)]:
+        del os.environ[name]
     logging.disable(logging.ERROR)
     options = ["--standalone", "--nnodes", "1", "--nproc-per-node", processes, "--max-restarts", "0"]
     # Loopback: a laptop's own name often does not resolve. Two signals are handled above.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from xtrain import __version__
-from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, XtrainError
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, XtrainError
 from xtrain.plan.formulas import FORMULAS
+from xtrain.signals import Interrupted, exit_code
+from xtrain.worker import launched
 
 Command = TypeVar("Command", bound=click.Command)
 
@@ -32,27 +33,17 @@ class Edge(click.Group):
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a name is no reason to fail
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        if launched():
+            return super().invoke(context)  # one of several workers: xtrain.worker tells the launcher
         try:
             return super().invoke(context)
-        except XtrainError as error:
-            return self._end(error.exit_code, f"error: {error}")
+        except (XtrainError, Interrupted) as error:
+            prefix = "" if isinstance(error, Interrupted) else "error: "
+            click.echo(f"{prefix}{error}", err=True)
+            raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
-            return self._end(128 + signal.SIGINT, "interrupted")  # as shells say it; click would say 1
-        except SystemExit as ending:
-            return self._end(ending.code if isinstance(ending.code, int) else EXIT_DONE, "")
-
-    @staticmethod
-    def _end(code: int, message: str) -> Any:
-        """Tell people; or, as one of several workers, the launcher, which tells them once."""
-        from xtrain.worker import launched, leave_word
-
-        if launched():
-            leave_word(int(os.environ["RANK"]), code, message.removeprefix("error: "))
-            # To the launcher's agent an interrupted worker is a good one: others must not be ended for it.
-            raise SystemExit(EXIT_DONE if code == EXIT_INTERRUPTED else code)
-        if message:
-            click.echo(message, err=True)
-        raise SystemExit(code)
+            click.echo("interrupted", err=True)
+            raise SystemExit(exit_code(signal.SIGINT)) from None  # as shells say it; click would say 1
 
 
 @click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,9 +19,11 @@ import psutil
 
 from xtrain.agent import AGENT_ENDING
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestError
+from xtrain.signals import exit_code, too_early
 from xtrain.supervise import children, kill_groups
 from xtrain.worker import FOLDER, ending, process_ids
 
+SIGNALLED = 128
 PROCESSES_PER_CORE = 4
 ALWAYS_ALLOWED = 64
 """Processes, whatever the cores: a host's accelerators may outnumber what is left of its cores."""
@@ -33,6 +35,11 @@ class Ended:
 
     code: int
     message: str
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal to the launcher ended it, and nothing was saved for it."""
+        return self.code > SIGNALLED
 
 
 def start_workers(
@@ -147,9 +154,8 @@ class Launch:
     def verdict(self) -> Ended:
         """One, from what the workers, and the agent that watched them, left behind."""
         if self._left_at_once:
-            return Ended(
-                EXIT_FAILED, "the workers were ended at once, as asked; what was saved before stands"
-            )
+            message = "the workers were ended at once, as asked; what was saved before stands"
+            return Ended(exit_code(signal.SIGINT), message)
         words = [ending(self._folder, rank) for rank in range(self._processes)]
         if all(word is not None and word.orderly for word in words):
             # Also where a library crashed in a process that was done: all is written, nothing was lost.
@@ -167,8 +173,8 @@ class Launch:
         if word is not None and not word.orderly:
             code = word.code  # whatever became of the process on its way out
         who = f"rank {rank} of {self._processes}"
-        if self._asked is not None and code == -self._asked:
-            return self._too_early()
+        if self._asked is not None and code in (-self._asked, exit_code(self._asked)):
+            return self._too_early(self._asked)
         if code < 0:
             reason = " (often: out of memory)" if code == -signal.SIGKILL else ""
             return Ended(EXIT_FAILED, f"{who} was killed by {_name(-code)}{reason}; the others were ended")
@@ -181,15 +187,13 @@ class Launch:
         if code == EXIT_DONE:  # a module that leaves by os._exit says nothing
             return Ended(EXIT_DONE, "")
         if self._asked is not None:
-            return self._too_early()
+            return self._too_early(self._asked)
         how = f"was killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
         return Ended(EXIT_FAILED, f"the process that watches the workers {how}; the workers were ended")
 
-    def _too_early(self) -> Ended:
-        """Nothing was saved, and nothing is lost: to start again is to go on."""
-        message = f"{_name(self._asked or 0)} came before training began or after it ended: nothing to save"
-        _say(message)
-        return Ended(EXIT_INTERRUPTED, message)
+    @staticmethod
+    def _too_early(number: int) -> Ended:
+        return Ended(exit_code(number), too_early(number))
 
 
 def _name(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,19 @@ class Request:
 
     def resume_command(self, run_directory: Path) -> str:
         """The command line that goes on with the run in `run_directory`."""
-        words = ["xtrain", "run", str(self.spec_path), "--backend", self.backend, *self._overrides()]
+        words = [*this_program(), "run", str(self.spec_path), "--backend", self.backend, *self._overrides()]
         if self.processes:
             words += ["--nproc", str(self.processes)]
         return shlex.join([*words, "--resume", str(run_directory)])
 
     def _overrides(self) -> list[str]:
         return [word for override in self.overrides for word in ("--set", override)]
+
+
+def this_program() -> list[str]:
+    """How to call this xtrain again from the current folder, whatever is on the PATH."""
+    script = Path(sys.executable).with_name("xtrain")
+    if not script.exists():
+        return [sys.executable, "-m", "xtrain"]
+    here = Path.cwd()
+    return [str(script.relative_to(here) if script.is_relative_to(here) else script)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 
 from xtrain import registry
+from xtrain.checkpoints.format import CheckpointError
+from xtrain.checkpoints.select import select
 from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
@@ -13,6 +16,7 @@ from xtrain.job import join
 from xtrain.launch import start_workers
 from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory
 from xtrain.request import Request
+from xtrain.signals import Interrupted, StopRequest
 from xtrain.spec import load_spec, locate
 from xtrain.spec.tree import Spec
 from xtrain.trackers import require_installed
@@ -22,18 +26,23 @@ from xtrain.worker import register
 
 def run(request: Request) -> int:
     """Train; returns the exit code. Starts the processes that are asked for, or joins a job as one."""
-    job = join(os.environ)
-    if job is not None:
-        register(job.rank)
-    processes = _processes(request, job)
-    named = None if request.backend == AUTO else registry.load(request.backend)
-    spec = load_spec(request.spec_path, request.overrides, processes, named)
-    require_installed(spec.log.trackers)
-    world = processes or spec.launch.processes
-    choice = _choose(request, spec, world)
-    if job is None and world > 1:
-        return _launch(request, choice.backend.name, world)
-    return work(request, spec, choice, job or Job())
+    try:
+        with StopRequest() as stop:
+            job = join(os.environ)
+            if job is not None:
+                register(job.rank)
+            processes = _processes(request, job)
+            named = None if request.backend == AUTO else registry.load(request.backend)
+            spec = load_spec(request.spec_path, request.overrides, processes, named)
+            require_installed(spec.log.trackers)
+            world = processes or spec.launch.processes
+            choice = _choose(request, spec, world)
+            if job is not None or world == 1:
+                return work(request, spec, choice, job or Job(), stop)
+    except Interrupted as interrupted:
+        interrupted.exit_code = _early_exit_code(request, interrupted.exit_code)
+        raise
+    return _launch(request, choice.backend.name, world)  # which takes signals in its own way
 
 
 def _processes(request: Request, job: Job | None) -> int | None:
@@ -69,4 +78,15 @@ def _launch(request: Request, backend: str, world: int) -> int:
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED):
         return ended.code
     go_on = f"\ngo on with: {request.resume_command(directory.path)}" if began else ""
-    raise (RequestError if ended.code == EXIT_REQUEST else RunFailed)(f"{ended.message}{go_on}")
+    message = f"{ended.message}{go_on}"
+    if ended.signalled:
+        raise Interrupted(ended.code if began else _early_exit_code(request, ended.code), message)
+    raise (RequestError if ended.code == EXIT_REQUEST else RunFailed)(message)
+
+
+def _early_exit_code(request: Request, code: int) -> int:
+    """Where the same command goes on from a checkpoint, a scheduler may give it again."""
+    with suppress(CheckpointError):
+        if request.resume and select(request.resume, hashes=False).checkpoint:
+            return EXIT_INTERRUPTED
+    return code

@@ -36,7 +36,7 @@ from xtrain.summary import render_summary
 from xtrain.trackers import open_trackers
 
 
-def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
+def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:
     """One process's part of a run, from its data to its record; returns the exit code."""
     first = job.rank == 0
     say(first, f"backend {choice.backend.name}: {choice.reason}")
@@ -62,10 +62,10 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job) -> int:
             if directory:  # only now: a request that is refused has changed nothing
                 fill(directory, request, resolved, begin, partial(say, first))
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
+        stop.begin(first)
         try:
-            with StopRequest(first) as stop:
-                facts = Facts(resolved, data, model, engine)
-                return Run(request, facts, directory, job.rank, begin, guards, before, stop).train()
+            facts = Facts(resolved, data, model, engine)
+            return Run(request, facts, directory, job.rank, begin, guards, before, stop).train()
         finally:
             engine.close()
 

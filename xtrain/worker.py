@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
-from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, XtrainError
+from xtrain.signals import Interrupted
 from xtrain.supervise import watch_parent
 
 FOLDER = "XTRAIN_LAUNCH_FOLDER"
@@ -43,8 +44,7 @@ def main() -> int:
     register(rank)
     sys.argv = sys.argv[1:]
     code, message = _outcome_of(sys.argv[0])
-    if ending(Path(os.environ[FOLDER]), rank) is None:
-        leave_word(rank, code, message)
+    leave_word(rank, code, message)
     # To the agent an interrupted worker is a good one: others must not be ended for it.
     return EXIT_DONE if code == EXIT_INTERRUPTED else code
 
@@ -57,6 +57,8 @@ def _outcome_of(module: str) -> tuple[int, str]:
         if left.code is None or isinstance(left.code, int):
             return left.code or EXIT_DONE, ""
         return EXIT_FAILED, str(left.code)
+    except (XtrainError, Interrupted) as error:
+        return error.exit_code, str(error)
     except Exception as error:
         return EXIT_FAILED, _traceback(error)
     return EXIT_DONE, ""
