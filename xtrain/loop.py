@@ -55,6 +55,8 @@ class Loop:
     checkpointer: Checkpointer | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     """Of this process; the ranks agree on it."""
+    beat: Callable[[], None] = lambda: None
+    """Called at every step: the loop is alive (xtrain/watchdog.py)."""
     peak_live_bytes: int | None = None
     """The most that a traced step sampled; None where the device cannot tell."""
     step_memory: StepMemory | None = None
@@ -68,6 +70,7 @@ class Loop:
             traced = is_traced(done - start, stop - start)
             if traced:
                 self._close(window)  # a traced step waits for the device at every span: it stands alone
+            self.beat()
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
             if is_audited(done - start, stop - start) and self.engine.holdings():
                 self._audited_step(done, window)

@@ -14,6 +14,7 @@ from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.job import join
 from xtrain.launch import start_workers
+from xtrain.preflight import told_to_others
 from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory
 from xtrain.request import Request
 from xtrain.signals import Interrupted, StopRequest
@@ -31,12 +32,13 @@ def run(request: Request) -> int:
             job = join(os.environ)
             if job is not None:
                 register(job.rank)
-            processes = _processes(request, job)
-            named = None if request.backend == AUTO else registry.load(request.backend)
-            spec = load_spec(request.spec_path, request.overrides, processes, named)
-            require_installed(spec.log.trackers)
-            world = processes or spec.launch.processes
-            choice = _choose(request, spec, world)
+            with told_to_others(job):
+                processes = _processes(request, job)
+                named = None if request.backend == AUTO else registry.load(request.backend)
+                spec = load_spec(request.spec_path, request.overrides, processes, named)
+                require_installed(spec.log.trackers)
+                world = processes or spec.launch.processes
+                choice = _choose(request, spec, world)
             if job is not None or world == 1:
                 return work(request, spec, choice, job or Job(), stop)
     except Interrupted as interrupted:

@@ -12,13 +12,14 @@ from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder, select
 from xtrain.choose import Choice
-from xtrain.contract import Counter, Job, OutOfMemory
-from xtrain.data import open_data
-from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, RunFailed
+from xtrain.contract import Counter, Job, ModelSource, OutOfMemory, Resolved
+from xtrain.data import Dataset, open_data
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import model_source
+from xtrain.preflight import host_name, known, preflight, told_to_others
 from xtrain.prepare import discarded_on_refusal, fill, is_new, open_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
@@ -34,26 +35,25 @@ from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 from xtrain.summary import render_summary
 from xtrain.trackers import open_trackers
+from xtrain.watchdog import Watchdog
+from xtrain.worker import launched, leave_word
 
 
 def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:
     """One process's part of a run, from its data to its record; returns the exit code."""
     first = job.rank == 0
     say(first, f"backend {choice.backend.name}: {choice.reason}")
-    if request.resume:
-        require_folder(request.resume)  # before anything that takes time
-    directory = open_directory(request) if first else None
+    with told_to_others(job):
+        if request.resume:
+            require_folder(request.resume)  # before anything that takes time
+        directory = open_directory(request) if first else None
     guards = Guards(spec.stability) if spec.stability else None
     with directory.lock() if directory else nullcontext():
         with discarded_on_refusal(directory if directory and is_new(directory, request) else None):
-            selected = _select(request, first)
-            data = open_data(spec, show_progress=first)
-            say(first, f"data {data.description}")
-            begin = find_start(selected, spec, data.content_hash, request.allow_changed)
-            model = model_source(spec, data.vocab_size)
-            resolved = choice.backend.resolve(spec, job.world)
-            for note in resolved.notes:
-                say(first, f"note: {note}")
+            with told_to_others(job):
+                data, begin, model, resolved = _prepare(request, spec, choice, job)
+            if job.world > 1:
+                preflight(job, known(job, spec, data.content_hash), _hang_seconds(spec), partial(say, first))
             before = resident_bytes()
             engine = choice.backend.start(resolved, model, job)
             begin = agreed(engine, begin)
@@ -65,9 +65,30 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
         stop.begin(first)
         try:
             facts = Facts(resolved, data, model, engine)
-            return Run(request, facts, directory, job.rank, begin, guards, before, stop).train()
+            return Run(request, facts, directory, job, begin, guards, before, stop).train()
         finally:
             engine.close()
+
+
+def _prepare(
+    request: Request, spec: Spec, choice: Choice, job: Job
+) -> tuple[Dataset, Start, ModelSource, Resolved]:
+    """All that is known without the other processes."""
+    first = job.rank == 0
+    selected = _select(request, first)
+    data = open_data(spec, show_progress=first)
+    say(first, f"data {data.description}")
+    begin = find_start(selected, spec, data.content_hash, request.allow_changed)
+    model = model_source(spec, data.vocab_size)
+    resolved = choice.backend.resolve(spec, job.world)
+    for note in resolved.notes:
+        say(first, f"note: {note}")
+    return data, begin, model, resolved
+
+
+def _hang_seconds(spec: Spec) -> float | None:
+    minutes = spec.launch.hang_minutes
+    return None if minutes is None else 60 * minutes
 
 
 def _select(request: Request, first: bool) -> Selected:
@@ -88,7 +109,7 @@ class Run:
     facts: Facts
     directory: RunDirectory | None
     """Rank 0 has it."""
-    rank: int
+    job: Job
     begin: Start
     guards: Guards | None
     before: Counter
@@ -105,6 +126,8 @@ class Run:
                 observer.say(f"nothing to do up to step {last}; set train.steps to go further")
         elif self.request.resume:
             observer.say(f"{self.request.resume} has no checkpoint yet: starting at step 0")
+        who = f"rank {self.job.rank} of {self.job.world} on {host_name()}"
+        watchdog = Watchdog(_hang_seconds(spec), who, self._leave_hanging)
         loop = Loop(
             engine,
             self.facts.data,
@@ -116,9 +139,11 @@ class Run:
             watches(spec),
             self._checkpointer(observer),
             lambda: self.stop.requested,
+            watchdog.beat,
         )
         started = perf_counter()
-        ended = self._outcome_of(loop, last)
+        with watchdog:
+            ended = self._outcome_of(loop, last)
         seconds = perf_counter() - started
         observer.close()
         self._record(ended, seconds, loop)
@@ -146,7 +171,7 @@ class Run:
             self.directory.checkpoints if self.directory else None,
             observer.say,
             observer.sync,
-            self.rank,
+            self.job.rank,
             last_step=self.begin.step or None,
             best=self.begin.state.best if self.begin.state else None,
         )
@@ -178,7 +203,7 @@ class Run:
         return describe_out_of_memory(full, loop.step_memory, resolved.spec, refuses, checkpoints)
 
     def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
-        memory = rank_memory(self.facts.engine, self.rank, self.before, loop)
+        memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)
         # After an error the other ranks may be gone: then only this one's memory is known.
         ranks = gather_memory(self.facts.engine, memory) if ended.error is None else [memory]
         if self.directory is None:
@@ -193,6 +218,14 @@ class Run:
             raise RunFailed(f"{also}cannot write {self.directory.record}: {error.strerror}") from error
         with suppress(OSError):  # a reader that went away changes nothing about the run
             print(render_summary(record, self.directory.path), flush=True)
+
+    def _leave_hanging(self, reason: str) -> None:
+        """Last words of a process that is about to be ended by its watchdog."""
+        if launched():
+            leave_word(self.job.rank, EXIT_FAILED, reason)  # the launcher says how to go on
+        elif self.directory:
+            go_on = self.request.resume_command(self.directory.path)
+            print(f"error: {reason}\ngo on with: {go_on}", file=sys.stderr, flush=True)
 
     def _tell(self, ended: Outcome) -> int:
         """How to go on, where there is something left to do."""

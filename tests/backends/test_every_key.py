@@ -90,6 +90,7 @@ SET: dict[str, dict[str, Any]] = {
     "memory.offload.activations.path": {"memory": {"offload": {"activations": NVME}}},
     "memory.loss_chunk": {"memory": {"loss_chunk": 64}},
     "launch.processes": {"launch": {"processes": 2}},
+    "launch.hang_minutes": {"launch": {"hang_minutes": 5.0}},
     "checkpoint.every_steps": {"checkpoint": {"every_steps": 50}},
     "checkpoint.every_minutes": {"checkpoint": {"every_minutes": 5.0}},
     "checkpoint.keep": {"checkpoint": {"keep": 1}},
@@ -161,6 +162,7 @@ EVERYWHERE = {
     "stability.window": "guards",
     "stability.grad_norm": "guards",
     "stability.stop_after": "guards",
+    "launch.hang_minutes": "watchdog",
     "log.every_steps": "loop",
     "log.trackers": "trackers",
 }

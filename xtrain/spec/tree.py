@@ -270,6 +270,9 @@ class Launch(Section):
     """How many processes."""
 
     processes: Count = Field(1, description="`--nproc` overrides it")
+    hang_minutes: Positive | None = Field(
+        30.0, description="a process that makes no step for so long is ended, and says where it stood"
+    )
 
 
 class Checkpoint(Section):
@@ -327,7 +330,7 @@ class Spec(Section):
     memory: MemorySection | Literal["auto"] = Field(
         MemorySection(), description="techniques that save memory; auto: the planner chooses"
     )
-    launch: Launch = Field(Launch(), description="how many processes")
+    launch: Launch = Field(Launch(), description="how many processes, and how long to wait for them")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when to save; always at the end of a run")
     stability: Stability | None = Field(None, description="guards that skip an update")
     log: Log = Field(Log(), description="what is said of a run")
