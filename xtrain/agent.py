@@ -13,8 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
 from xtrain.supervise import AGENT, children, is_alive, kill_groups, watch_lifeline
@@ -25,6 +28,8 @@ DEFAULTS = "PET_"
 """torchrun takes defaults for its options from variables that begin so: another job's, here."""
 GRACE_SECONDS = 5.0
 """Left to the others once a worker has failed: enough to write down how far they came."""
+WAKE_SECONDS = 3.0
+"""More than a watchdog takes to look."""
 LOOK_SECONDS = 0.1
 CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How torchrun ends the others, and how libraries end a process whose peer is gone."""
@@ -103,6 +108,7 @@ class Haste(threading.Thread):
             time.sleep(LOOK_SECONDS)
         time.sleep(GRACE_SECONDS)
         processes = process_ids(self._folder)
+        _wake(processes.values())
         self.ended = {rank for rank, process in processes.items() if is_alive(process)}
         kill_groups(children(os.getpid()))
 
@@ -113,6 +119,18 @@ class Haste(threading.Thread):
             if not (word.orderly if word else is_alive(process)):
                 return True
         return False
+
+
+def _wake(processes: Iterable[int]) -> None:
+    """Continue those that were stopped: their watchdogs still can tell where they stood."""
+    stopped = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(process).status() == psutil.STATUS_STOPPED:
+                stopped.append(process)
+                os.kill(process, signal.SIGCONT)
+    if stopped:
+        time.sleep(WAKE_SECONDS)
 
 
 if __name__ == "__main__":

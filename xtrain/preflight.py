@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import Job
 from xtrain.errors import RequestError, RunFailed, XtrainError
@@ -23,7 +23,7 @@ from xtrain.spec import dump_spec
 from xtrain.spec.tree import Spec
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 ADDRESS = "XTRAIN_ADDRESS"
 """This host's address among the hosts of a run, where one was given."""
@@ -80,7 +80,7 @@ def preflight(
         listed = "\n  ".join(odd)
         raise RequestError(f"the processes of this job differ, nothing was started:\n  {listed}")
     meeting.add_up()
-    for note in clock_notes(everybody, [float(one) for one in meeting.exchange("clock", now())]):
+    for note in clock_notes(everybody, meeting.exchange("clock", now())):
         say(f"note: {note}")
 
 
@@ -138,7 +138,7 @@ class Meeting:
     """Rank 0 may serve the notes: it has to stay for those who read later."""
 
     def __init__(self, job: Job, timeout_seconds: float) -> None:
-        from torch.distributed import PrefixStore, TCPStore
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         self._job = job
         self._seconds = timeout_seconds
@@ -156,12 +156,12 @@ class Meeting:
                 )
             except RuntimeError as error:
                 raise RunFailed(
-                    f"{host_name()} (rank {job.rank}) cannot reach rank 0 at {address}:{port}: {_first(error)}"
+                    f"rank {job.rank} on {host_name()} cannot reach {address}:{port}: {_first(error)}"
                 ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(f"xtrain/{attempt}", Meeting._kept)
 
-    def exchange(self, topic: str, value: object) -> list[object]:
+    def exchange(self, topic: str, value: Any) -> list[Any]:
         """What each process has to say, by rank."""
         try:
             self._store.set(f"{topic}/{self._job.rank}", json.dumps(value))
@@ -194,11 +194,12 @@ class Meeting:
         """The all-reduce that every step needs, on its own: what fails here is the network."""
         import torch
         import torch.distributed as dist
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         total = torch.tensor(float(self._job.rank))
         try:
             dist.init_process_group(
-                store=dist.PrefixStore("add-up", self._store),
+                store=PrefixStore("add-up", self._store),
                 rank=self._job.rank,
                 world_size=self._job.world,
                 timeout=timedelta(seconds=self._seconds),
@@ -207,8 +208,8 @@ class Meeting:
             dist.destroy_process_group()
         except RuntimeError as error:
             raise RunFailed(
-                f"{host_name()} (rank {self._job.rank}) cannot add up numbers with the others: {_first(error)}; "
-                "is the right network interface chosen, and open between the hosts?"
+                f"rank {self._job.rank} on {host_name()} cannot add up numbers with the others: "
+                f"{_first(error)}; is the right network interface chosen, and open between the hosts?"
             ) from error
         if total.item() != sum(self._ranks()):
             raise RunFailed(f"the ranks add up to {total.item():.0f}, expected {sum(self._ranks())}")

@@ -1,0 +1,94 @@
+"""The processes of a job are compared before anything is built, and the odd one is named."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from xtrain.preflight import Facts, clock_notes, differences
+
+ARRIVING = Path(__file__).parent / "workers" / "arriving.py"
+
+
+def job(*torch_versions: str, per_host: int = 1) -> list[Facts]:
+    return [
+        Facts(rank, f"gpu{rank // per_host}", {"torch": version, "spec": "hash 1"})
+        for rank, version in enumerate(torch_versions)
+    ]
+
+
+def test_equal_processes_have_no_differences() -> None:
+    assert differences(job("2.13", "2.13", "2.13")) == []
+
+
+def test_the_host_that_differs_from_most_is_named_with_its_ranks() -> None:
+    odd = differences(job("2.12", "2.12", "2.13", "2.13", "2.13", "2.13", per_host=2))
+    assert odd == ["torch: 2.12 on gpu0 (ranks 0, 1), 2.13 on the others"]
+
+
+def test_where_two_stand_against_each_other_rank_0_is_right() -> None:
+    assert differences(job("2.13", "2.12")) == ["torch: 2.12 on gpu1 (rank 1), 2.13 on the others"]
+
+
+def test_every_value_that_differs_has_a_line() -> None:
+    odd = differences(job("2.13", "2.12", "2.13", "2.11"))
+    assert odd == [
+        "torch: 2.12 on gpu1 (rank 1), 2.13 on the others",
+        "torch: 2.11 on gpu3 (rank 3), 2.13 on the others",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clocks", "told"),
+    [
+        ((100.0, 103.0, 99.0), []),
+        ((100.0, 100.0, 40.0), ["gpu2 (rank 2) is 60 s behind"]),
+        ((3700.0, 100.0, 101.0), ["gpu0 (rank 0) is 3599 s ahead of"]),
+        ((100.0, 160.0), ["gpu1 (rank 1) is 60 s ahead of"]),
+    ],
+)
+def test_a_clock_that_is_not_like_most_is_told(clocks: Sequence[float], told: list[str]) -> None:
+    notes = clock_notes(job(*["2.13"] * len(clocks)), clocks)
+    assert [note.partition("the clock of ")[2].partition(" the others")[0] for note in notes] == told
+
+
+def arrived(what: str) -> list[str]:
+    """What two processes say, of which the second has `what` planted in it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    commands = [[sys.executable, str(ARRIVING), str(rank), "2", str(port), what] for rank in (0, 1)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    return [process.communicate(timeout=120)[0].strip() for process in processes]
+
+
+@pytest.mark.slow
+def test_processes_that_fit_add_up_and_a_clock_is_no_reason_to_stop() -> None:
+    first, second = arrived("late-clock")
+    assert re.fullmatch(r"note: the clock of host-1 \(rank 1\) is 36\d\d s ahead of .*\nfits", first)
+    assert second.endswith("\nfits")
+
+
+@pytest.mark.slow
+def test_another_spec_is_refused_by_all_and_its_host_is_named() -> None:
+    said = arrived("other-spec")
+    assert said[0] == said[1]
+    assert re.fullmatch(
+        r"2: the processes of this job differ, nothing was started:\n"
+        r"  spec: hash \w{12} on host-1 \(rank 1\), hash \w{12} on the others",
+        said[0],
+    )
+
+
+@pytest.mark.slow
+def test_one_that_fails_before_is_told_to_those_that_wait_for_it() -> None:
+    assert arrived("fails") == [
+        "1: rank 1 on host-1 did not begin: no such file",
+        "2: no such file",
+    ]
