@@ -130,8 +130,8 @@ def test_a_process_that_waits_in_a_library_before_training_ends_too() -> None:
     program = (
         "import ctypes; from xtrain.signals import StopRequest\n"
         "with StopRequest():\n"
-        "    print('in', flush=True)\n"
-        "    for _ in iter(lambda: ctypes.CDLL(None).sleep(60), 0): pass"
+        "    print('in', flush=True); mutex = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
