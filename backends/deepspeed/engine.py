@@ -211,6 +211,8 @@ class DeepSpeedEngine:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def close(self) -> None:
         self._votes.close()
@@ -218,9 +220,10 @@ class DeepSpeedEngine:
 
     def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, on every rank."""
-        total = tensor.clone()
+        # gloo takes no tensors of an Apple GPU
+        total = tensor.cpu() if tensor.device.type == "mps" else tensor.clone()
         dist.all_reduce(total)
-        return total
+        return total.to(tensor.device)
 
     def _shards(self) -> state.Shards:
         return state.shards_of(self.engine, self.stage)

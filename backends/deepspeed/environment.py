@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON, Availability, Job
 from xtrain.errors import RequestError
 
+from .apple import decide, on_mac, this_mac
 from .stale_locks import clear_stale_locks
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
 LEAVE_SECONDS = 5
-COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "mps": "gloo"}
 
 
 def probe() -> Availability:
@@ -35,6 +36,8 @@ def probe() -> Availability:
     except PackageNotFoundError:
         return Availability(False, "deepspeed is not installed; pip install 'xtrain[deepspeed]'")
     prepare()
+    if on_mac():
+        return decide(this_mac())
     import torch
 
     if torch.cuda.is_available():
@@ -76,7 +79,7 @@ def prepare() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "mps" if torch.backends.mps.is_available() else "cpu")
     tools = str(Path(sys.executable).parent)  # ninja is installed beside Python, whatever is active
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
@@ -109,7 +112,7 @@ def device_of(job: Job) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(job.local_rank)
         return torch.device("cuda", job.local_rank)
-    return torch.device("cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def start_process_group(job: Job, device: torch.device) -> None:

@@ -15,6 +15,8 @@ def random_state(device: torch.device) -> dict[str, JSON]:
     state: dict[str, JSON] = {"cpu": _encode(torch.get_rng_state())}
     if device.type == "cuda":
         state["cuda"] = _encode(torch.cuda.get_rng_state(device))
+    if device.type == "mps":
+        state["mps"] = _encode(torch.mps.get_rng_state())
     return state
 
 
@@ -24,6 +26,8 @@ def set_random_state(device: torch.device, state: Mapping[str, str]) -> None:
         torch.set_rng_state(_decode(state["cpu"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(_decode(state["mps"]))
 
 
 def _encode(state: torch.Tensor) -> str:

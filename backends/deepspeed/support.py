@@ -9,6 +9,8 @@ from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
 from xtrain.spec.keys import printed, refusals
 
+from .apple import mac_notes, mac_problems, macos_version, on_mac
+from .nvme import nvme_problems
 from .overrides import override_problems
 from .translate import declared_settings
 from .zero import STAGES, stage_of
@@ -36,6 +38,7 @@ def find_problems(spec: Spec, world: int) -> list[Problem]:
         *batch_problems(spec, world),
         *_precision(spec),
         *_memory(spec),
+        *(mac_problems(spec, world, macos_version()) if on_mac() else nvme_problems(spec)),
         *override_problems(spec, declared_settings(spec, world)),
     ]
 
@@ -52,6 +55,8 @@ def find_notes(spec: Spec) -> list[str]:
         notes.append(
             "gradients are clipped by xtrain: at stage 0 DeepSpeed does not tell the norm it clips by"
         )
+    if on_mac():
+        notes += mac_notes(spec)
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes

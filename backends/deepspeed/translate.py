@@ -52,9 +52,8 @@ def shared_settings(spec: Spec, world: int, clip: Setting) -> Iterator[Setting]:
 
 def _batch(spec: Spec, world: int) -> Iterator[Setting]:
     yield Setting("train_batch_size", spec.batch.global_, ("batch.global",))
-    own = ("batch.micro",) if spec.batch.micro is not None else ("batch.micro", "batch.global")
-    rule = "" if spec.batch.micro is not None else "batch.global where batch.micro is not given"
-    yield Setting("train_micro_batch_size_per_gpu", spec.micro_batch, own, rule)
+    rule = "" if spec.batch.micro is not None else "batch.global, where it is not given"
+    yield Setting("train_micro_batch_size_per_gpu", spec.micro_batch, ("batch.micro",), rule)
     passes = f"batch.global / (micro x {world} process{'es' * (world > 1)})"
     keys = ("batch.global", "batch.micro", "launch.processes")
     if spec.batch.global_ % (spec.micro_batch * world) == 0:  # refused elsewhere

@@ -8,15 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from xtrain import registry
-from xtrain.spec.tree import Spec
+from xtrain.imports import import_file
+from xtrain.spec import Spec, load_spec
+from xtrain.translate import find_translator
+from xtrain.translation import nested
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
 BACKEND = registry.load("deepspeed")
+ROOT = Path(__file__).parents[2]
 
 PARSE = """
 import json, sys
@@ -116,10 +121,8 @@ def test_the_ds_config_is_left_in_the_run_directory() -> None:
     assert resolved.files["ds_config.json"] == resolved.settings["ds_config"]
 
 
-@pytest.mark.slow
-def test_deepspeeds_own_parser_takes_every_config() -> None:
-    cases = list(itertools.product(enumerate(SHARDING), ("fp32", "bf16"), (1, 2, 4)))
-    configs = [(w, translated(w, memory={"sharding": s}, precision=p)) for (_, s), p, w in cases]
+def parsed_by_deepspeed(configs: list[tuple[int, dict[str, Any]]]) -> list[Any]:
+    """Stage, accumulation and clipping of each (world, ds_config), as DeepSpeed's own parser has them."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
         input=json.dumps(configs),
@@ -129,9 +132,38 @@ def test_deepspeeds_own_parser_takes_every_config() -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    parsed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_parser_takes_every_config() -> None:
+    cases = list(itertools.product(enumerate(SHARDING), ("fp32", "bf16"), (1, 2, 4)))
+    configs = [(w, translated(w, memory={"sharding": s}, precision=p)) for (_, s), p, w in cases]
     clips = [0.0 if stage == 0 else 1.0 for (stage, _), _, _ in cases]  # stage 0: the engine clips
-    assert parsed == [[s, 4 // w, clip] for ((s, _), _, w), clip in zip(cases, clips, strict=True)]
+    expected = [[s, 4 // w, clip] for ((s, _), _, w), clip in zip(cases, clips, strict=True)]
+    assert parsed_by_deepspeed(configs) == expected
+
+
+def shipped_specs() -> list[Spec]:
+    """Of configs/, and of the ds_configs that people write."""
+    ds_configs = sorted((Path(__file__).parent / "ds_configs").glob("*.json"))
+    imported = [Spec.model_validate(import_file(path, None, None, None).spec) for path in ds_configs]
+    return [*(load_spec(path) for path in sorted((ROOT / "configs").glob("*.yaml"))), *imported]
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_parser_takes_what_every_shipped_spec_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # paths in configs/ are relative to the repository
+    specs, translator = shipped_specs(), find_translator(None)
+    assert len(specs) >= 18
+    configs = [
+        (world, cast(dict[str, Any], nested(make(spec, world))))
+        for spec in specs
+        for world in (spec.launch.processes,)
+        for make in (translator.translation, translator.standalone)
+    ]
+    passes = [spec.accumulation(spec.launch.processes) for spec in specs for _ in range(2)]
+    assert [accumulation for _, accumulation, _ in parsed_by_deepspeed(configs)] == passes
 
 
 @pytest.mark.slow
@@ -139,7 +171,10 @@ def test_asking_about_a_spec_imports_nothing_heavy() -> None:
     program = f"""
 import sys
 from xtrain import registry
-from xtrain.spec.tree import Spec
+from xtrain.imports import import_file
+from xtrain.spec import Spec, load_spec
+from xtrain.translate import find_translator
+from xtrain.translation import nested
 spec = Spec.model_validate({{"model": {{"preset": "gpt2-nano"}}, "data": {{"source": "synthetic"}},
     "batch": {{"global": 8, "micro": 2}}, "train": {{"steps": 1}}, "optimizer": {{"lr": 1e-3}}}})
 backend = registry.load({BACKEND.name!r})

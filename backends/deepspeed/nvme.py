@@ -1,0 +1,62 @@
+"""Whether this machine can hold on a drive what the spec puts there: asked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xtrain.contract import Problem
+from xtrain.spec.tree import Offload
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+HEADER = "libaio.h"
+
+
+def nvme_problems(spec: Spec, has_libaio: bool | None = None) -> Iterator[Problem]:
+    """Folders that are not there or not writable, and the library that DeepSpeed writes with."""
+    if spec.memory == "auto":
+        return
+    for name in Offload.model_fields:
+        target = getattr(spec.memory.offload, name)
+        if target.device != "nvme" or not target.path:
+            continue
+        path = f"memory.offload.{name}"
+        yield from _folder(f"{path}.path", target.path)
+        if not (find_libaio() if has_libaio is None else has_libaio):
+            expected = f"DeepSpeed writes to a drive through libaio, and {HEADER} was not found here"
+            nearest = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), or use cpu"
+            yield Problem(f"{path}.device", "nvme", expected, nearest)
+
+
+def find_libaio() -> bool:
+    """Whether the compiler would find the header; DeepSpeed itself tries to compile, which takes seconds."""
+    return any((folder / HEADER).exists() for folder in _include_folders())
+
+
+def _include_folders() -> Iterator[Path]:
+    yield from (Path(folder) for folder in ("/usr/include", "/usr/local/include", f"{sys.prefix}/include"))
+    for variable in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        yield from (Path(folder) for folder in os.environ.get(variable, "").split(os.pathsep) if folder)
+    if conda := os.environ.get("CONDA_PREFIX"):
+        yield Path(conda) / "include"
+    for word in shlex.split(os.environ.get("CFLAGS", "")):
+        if word.startswith("-I"):
+            yield Path(word[2:])
+
+
+def _folder(key: str, name: str) -> Iterator[Problem]:
+    try:
+        folder = Path(name)
+        missing, writable = not folder.is_dir(), os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, ValueError):
+        missing, writable = True, False
+    if missing:
+        yield Problem(key, name, "no such folder here", "make it on the drive of every machine of the run")
+    elif not writable:
+        yield Problem(key, name, "expected a folder that can be written to", "change its permissions")

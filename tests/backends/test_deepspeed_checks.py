@@ -1,0 +1,108 @@
+"""What `xtrain check --backend deepspeed` says before anything starts; what only this machine lacks too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.deepspeed.nvme import find_libaio, nvme_problems
+from xtrain import registry
+from xtrain.spec.check import check_spec
+from xtrain.spec.tree import Spec
+
+BACKEND = registry.load("deepspeed")
+
+
+def make_spec(**sections: Any) -> Spec:
+    base: dict[str, Any] = {
+        "model": {"preset": "gpt2-nano"},
+        "data": {"source": "synthetic"},
+        "batch": {"global": 8, "micro": 2},
+        "train": {"steps": 10},
+        "optimizer": {"lr": 1e-3},
+    }
+    return Spec.model_validate({**base, **sections})
+
+
+def on_drive(path: Path, key: str = "optimizer") -> Spec:
+    offload = {key: {"device": "nvme", "path": str(path)}}
+    return make_spec(memory={"sharding": "parameters", "offload": offload})
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    (problem,) = nvme_problems(on_drive(tmp_path / "none"), has_libaio=True)
+    assert problem.path == "memory.offload.optimizer.path"
+    assert "no such folder here" in str(problem)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs: a user for whom a folder can be read-only (not root)")
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    (problem,) = nvme_problems(on_drive(tmp_path), has_libaio=True)
+    assert "can be written to" in str(problem)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (problem,) = nvme_problems(on_drive(tmp_path / "file"), has_libaio=True)
+    assert "no such folder here" in str(problem)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "parameters"])
+def test_a_missing_libaio_is_told_with_what_to_install(tmp_path: Path, key: str) -> None:
+    (problem,) = nvme_problems(on_drive(tmp_path, key), has_libaio=False)
+    assert problem.path == f"memory.offload.{key}.device"
+    assert "libaio-dev" in problem.nearest
+
+
+def test_a_drive_that_can_be_used_is_no_problem(tmp_path: Path) -> None:
+    assert list(nvme_problems(on_drive(tmp_path), has_libaio=True)) == []
+
+
+def test_libaio_is_found_where_the_compiler_is_told_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libaio.h").write_text("")
+    monkeypatch.setenv("CFLAGS", f"-O2 -I{tmp_path}")
+    assert find_libaio()
+
+
+def test_parameters_leave_the_device_only_when_they_are_sharded() -> None:
+    spec = make_spec(memory={"sharding": "gradients", "offload": {"parameters": "cpu"}})
+    (problem,) = check_spec(spec)
+    assert problem.path == "memory.offload.parameters"
+    assert problem.nearest == "set memory.sharding: parameters"
+
+
+@pytest.mark.parametrize(("world", "sound"), [(1, True), (2, True), (3, False), (4, True), (8, False)])
+def test_processes_must_divide_the_batch(world: int, sound: bool) -> None:
+    assert (BACKEND.problems(make_spec(), world) == []) is sound
+
+
+def test_a_loss_scale_below_one_is_refused_for_deepspeed() -> None:
+    spec = make_spec(precision={"dtype": "fp16", "min_loss_scale": 0.5})
+    (problem,) = BACKEND.problems(spec, 1)
+    assert problem.path == "precision.min_loss_scale"
+
+
+@pytest.mark.slow
+def test_checking_imports_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(
+        "model: {preset: gpt2-nano}\ndata: {source: synthetic}\nbatch: {global: 8, micro: 2}\n"
+        "train: {steps: 9}\noptimizer: {lr: 1e-3}\nmemory: {sharding: parameters}\n"
+        "deepspeed: {zero_optimization: {stage: 2}}\n"
+    )
+    program = (
+        "import sys\nfrom xtrain.cli import main\n"
+        f"try:\n    main(['check', {str(path)!r}, '--backend', 'deepspeed', '--world', '2'])\n"
+        "except SystemExit as ending:\n"
+        "    print(ending.code, sorted({'torch', 'deepspeed'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 []\n", done.stderr
