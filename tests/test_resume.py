@@ -78,8 +78,9 @@ DROPOUT: dict[str, Any] = {"model__dropout": 0.1}
         {"optimizer": "{name: sgd, lr: 0.1, momentum: 0.9}"},
         {"precision": "{dtype: bf16, weights: bf16}"},
         {"stability": "{loss_spike: 3, window: 3}"},
+        {"checkpoint": "{every_steps: 1, background: true}"},
     ],
-    ids=["adamw", "dropout", "sgd", "bf16 weights", "guards"],
+    ids=["adamw", "dropout", "sgd", "bf16 weights", "guards", "background"],
 )
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     tmp_path: Path, options: dict[str, Any]
@@ -412,6 +413,20 @@ def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(tmp_path: Path, sma
     assert "Traceback" not in result.stderr
     assert steps(out) == ALL  # training went on
     assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
+
+
+def test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    out = small_disk / "out"
+    result = run(tmp_path, "--out", out, backend="cpu", checkpoint__background="true")
+    assert result.exit_code == 1
+    for step in ("08", "12"):
+        reason = "was not saved: No space left on device"
+        assert result.stderr.count(f"checkpoint {out}/checkpoints/step-000000{step} {reason}") == 1
+    assert steps(out) == ALL
+    assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
+    assert run(tmp_path, "--resume", out, "--out", tmp_path / "second", backend="cpu").exit_code == 0
 
 
 def test_a_full_disk_stops_a_run_that_asked_for_it(tmp_path: Path, small_disk: Path) -> None:

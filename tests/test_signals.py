@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 ENDLESS = ["--set=train.steps=1000000", "--set=log.every_steps=1"]
 ALONE = ["--backend", "cpu", *ENDLESS]
 TOGETHER = ["--backend", "deepspeed", "--nproc", "2", "--set=memory.sharding=parameters", *ENDLESS]
+IN_BACKGROUND = ["--set=checkpoint.background=true", "--set=checkpoint.every_steps=1"]
+"""There is hardly a moment at which no save is under way."""
 SLOW_MODEL = """\
 import time
 import torch
@@ -62,8 +64,13 @@ def interrupted(one: Started, number: signal.Signals) -> int:
 
 @pytest.mark.parametrize(
     ("words", "number"),
-    [(ALONE, signal.SIGTERM), (ALONE, signal.SIGINT), (TOGETHER, signal.SIGTERM)],
-    ids=["cpu-SIGTERM", "cpu-SIGINT", "deepspeed-x2-SIGTERM"],
+    [
+        (ALONE, signal.SIGTERM),
+        (ALONE, signal.SIGINT),
+        ([*ALONE, *IN_BACKGROUND], signal.SIGTERM),
+        ([*TOGETHER, *IN_BACKGROUND], signal.SIGTERM),
+    ],
+    ids=["cpu-SIGTERM", "cpu-SIGINT", "cpu-SIGTERM-while-saving", "deepspeed-x2-SIGTERM-while-saving"],
 )
 def test_a_signal_saves_and_the_printed_command_goes_on(
     start: Callable[..., Started], tmp_path: Path, words: Sequence[str], number: signal.Signals

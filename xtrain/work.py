@@ -128,6 +128,7 @@ class Run:
             observer.say(f"{self.request.resume} has no checkpoint yet: starting at step 0")
         who = f"rank {self.job.rank} of {self.job.world} on {host_name()}"
         watchdog = Watchdog(_hang_seconds(spec), who, self._leave_hanging)
+        checkpointer = self._checkpointer(observer)
         loop = Loop(
             engine,
             self.facts.data,
@@ -137,7 +138,7 @@ class Run:
             spec.train.eval_every,
             self.guards,
             watches(spec),
-            self._checkpointer(observer),
+            checkpointer,
             lambda: self.stop.requested,
             watchdog.beat,
         )
@@ -145,6 +146,7 @@ class Run:
         with watchdog:
             ended = self._outcome_of(loop, last)
         seconds = perf_counter() - started
+        checkpointer.close()
         observer.close()
         self._record(ended, seconds, loop)
         if ended.error is not None:

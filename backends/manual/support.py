@@ -17,7 +17,6 @@ REFUSED = {
     "model.blocks": "leave it out",
     "model.init_from": "leave it out",
     "train.compile": "use false",
-    "checkpoint.background": "use false",
     "memory.checkpointing": "use none",
     "memory.offload": "use none",
     "manual": "leave the section out",

@@ -65,8 +65,8 @@ class NullEngine:
     data_size = 1
     asynchronous = False
     parameter_count = 0
-    threads = None
-    matmul_precision = None
+    threads: int | None = None
+    matmul_precision: str | None = None
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         with trace.span("forward"):

@@ -158,6 +158,7 @@ EVERYWHERE = {
     "checkpoint.every_minutes": "checkpointer",
     "checkpoint.keep": "checkpointer",
     "checkpoint.best": "checkpointer",
+    "checkpoint.background": "checkpointer",
     "checkpoint.on_error": "checkpointer",
     "stability.loss_spike": "guards",
     "stability.window": "guards",

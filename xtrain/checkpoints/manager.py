@@ -99,9 +99,7 @@ class Checkpointer:
             return False
         if self.section.on_error == "stop":
             return True
-        self.writing.told = True
-        if self.rank == 0:
-            self._failed(_NotSaved(*self._words(self.last_step or 0, self.writing.problem)), last=False)
+        self._warn(self.writing)
         return False
 
     def save(self, engine: Engine, done: int, last: bool) -> None:
@@ -122,9 +120,12 @@ class Checkpointer:
             self._settle(engine, last)
 
     def close(self) -> None:
-        """Local, also after an error: let a save that is under way end, if this rank can see to it."""
-        if self.writing is not None:
-            self.writing.end(PATIENCE_SECONDS if self.resolved.world > 1 else math.inf)
+        """Local, after an error too: let a save that is under way end, if this rank can see to it."""
+        if self.writing is None:
+            return
+        self.writing.end(PATIENCE_SECONDS if self.resolved.world > 1 else math.inf)
+        if self.writing.problem is not None and not self.writing.told:
+            self._warn(self.writing)
 
     def _save(self, engine: Engine, done: int) -> None:
         shards = share_out(engine.state_shapes(), self.resolved.world)
@@ -202,6 +203,12 @@ class Checkpointer:
         others = bool(complete_checkpoints(self.folder))
         message = f"checkpoint {self.folder / folder_name(step)} was not saved: {reason}"
         return message, "earlier ones are intact" if others else "there is no earlier one"
+
+    def _warn(self, writing: Writing) -> None:
+        writing.told = True
+        if self.rank == 0:
+            message, earlier = self._words(self.last_step or 0, writing.problem or "")
+            self.say(f"warning: {message}; {earlier}")
 
     def _failed(self, failure: _NotSaved, last: bool) -> None:
         if last:

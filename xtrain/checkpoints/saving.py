@@ -83,7 +83,7 @@ class Save:
     def _await_share(self, rank: int, called_off: Callable[[], bool]) -> Share:
         file = self._word_of(rank)
         while not file.exists():
-            if called_off():
+            if called_off() or not self.partial.exists():
                 raise ValueError("not every process wrote its share")
             sleep(LOOK_SECONDS)
         word = json.loads(file.read_text(encoding="utf-8"))
@@ -125,7 +125,9 @@ class Writing(Thread):
         try:
             self.problem = self.save.write(iter(self._tensors))
             self.share_ended.set()
-            if self.save.rank == 0:
+            if self.save.rank == 0 and self.problem is not None:
+                self.save.abandon(self.problem)
+            elif self.save.rank == 0:
                 self.problem = self.save.commit(lambda: monotonic() > self._deadline)
         except Exception as error:  # a thread's own traceback would be all that is ever seen of it
             self.problem = described(error)
