@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -427,6 +428,41 @@ def test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background(
     assert steps(out) == ALL
     assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
     assert run(tmp_path, "--resume", out, "--out", tmp_path / "second", backend="cpu").exit_code == 0
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    """Makes a folder read-only; for root, whom permissions do not stop, by a mount."""
+    mounted: list[Path] = []
+
+    def make(folder: Path) -> None:
+        if shutil.which("mount") is None or os.geteuid() != 0:
+            pytest.skip("needs root, to mount a folder read-only")
+        if subprocess.run(["mount", "--bind", folder, folder], check=False).returncode:
+            pytest.skip("mounting is not allowed here")
+        mounted.append(folder)
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_folder_that_became_read_only_is_told_and_costs_nothing(
+    tmp_path: Path, read_only: Callable[[Path], None], background: str
+) -> None:
+    out = stopped(tmp_path, 4, backend="cpu")
+    before = files(out / "checkpoints")
+    read_only(out / "checkpoints")
+    result = run(tmp_path, "--resume", out, backend="cpu", checkpoint__background=background)
+    assert result.exit_code == 1
+    assert (
+        f"step-00000008 was not saved: {os.strerror(errno.EROFS)}; earlier ones are intact" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+    assert steps(out) == ALL
+    assert files(out / "checkpoints") == before
 
 
 def test_a_full_disk_stops_a_run_that_asked_for_it(tmp_path: Path, small_disk: Path) -> None:
