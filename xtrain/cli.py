@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from xtrain import __version__
+from xtrain.cli_checkpoint import checkpoint
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, XtrainError
 from xtrain.plan.formulas import FORMULAS
 from xtrain.signals import Interrupted, exit_code
@@ -258,3 +259,6 @@ def plan(formula: str | None, advise: bool, as_json: bool, **question: Any) -> N
     from xtrain.plan.command import answer
 
     click.echo(answer(formula, advise, as_json, **question))
+
+
+main.add_command(checkpoint)

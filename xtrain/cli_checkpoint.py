@@ -1,0 +1,95 @@
+"""`xtrain checkpoint ...`: look at checkpoints, check them, clear up, and carry weights elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from xtrain.errors import EXIT_DONE, EXIT_FAILED
+
+PATH = click.argument("path", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+
+
+@click.group()
+def checkpoint() -> None:
+    """List, inspect, verify, prune and export checkpoints. PATH is a run directory or one checkpoint."""
+
+
+@checkpoint.command("ls")
+@PATH
+@JSON
+def list_them(path: Path, as_json: bool) -> None:
+    """List the checkpoints at PATH, those kept aside too, and whether they look whole."""
+    from tabulate import tabulate
+
+    from xtrain.checkpoints.inventory import entry, found_at
+    from xtrain.summary import format_bytes
+
+    entries = [entry(one) for one in found_at(path)]
+    if as_json:
+        click.echo(json.dumps([one.as_json() for one in entries], indent=2))
+        return
+    rows = [
+        (
+            one.step,
+            format_bytes(one.bytes),
+            f"{one.backend} x{one.world}" if one.backend else "-",
+            one.wrong or ("kept aside" if one.aside else "looks whole"),
+            one.path,
+        )
+        for one in entries
+    ]
+    click.echo(tabulate(rows, headers=["step", "size", "written by", "state", "path"], tablefmt="simple"))
+
+
+@checkpoint.command()
+@PATH
+@click.option("--tensors", is_flag=True, help="Every tensor with its shape too.")
+@JSON
+def show(path: Path, tensors: bool, as_json: bool) -> None:
+    """Show what the checkpoint at PATH holds: the newest valid one of a run directory. Checks every byte."""
+    from xtrain.checkpoints.inventory import details, newest
+    from xtrain.checkpoints.render import rendered
+
+    found = details(newest(path))
+    click.echo(json.dumps(found, indent=2) if as_json else rendered(found, tensors))
+
+
+@checkpoint.command()
+@PATH
+@JSON
+def verify(path: Path, as_json: bool) -> None:
+    """Hold every byte at PATH against the hashes; exit code 1 when something is damaged."""
+    from xtrain.checkpoints.inventory import damage, found_at
+
+    found = {one.path: damage(one) for one in found_at(path, aside=False)}
+    if as_json:
+        click.echo(json.dumps({str(one): wrong for one, wrong in found.items()}, indent=2))
+    else:
+        for one, wrong in found.items():
+            click.echo("\n".join(wrong) if wrong else f"{one}: whole", err=bool(wrong))
+    raise SystemExit(EXIT_FAILED if any(found.values()) else EXIT_DONE)
+
+
+@checkpoint.command()
+@PATH
+@click.option("--keep", type=click.IntRange(min=1), required=True, help="How many of the newest stay.")
+@click.option("--aside", is_flag=True, help="Delete those that were kept aside too.")
+@JSON
+def prune(path: Path, keep: int, aside: bool, as_json: bool) -> None:
+    """Delete all but the newest checkpoints, and the best, of the run directory PATH.
+
+    Damaged ones do not count, and stay until --aside.
+    """
+    from xtrain.checkpoints.inventory import clear
+
+    gone = [str(one) for one in clear(path, keep, aside)]
+    if as_json:
+        click.echo(json.dumps(gone, indent=2))
+        return
+    for one in gone:
+        click.echo(f"deleted {one}")
+    click.echo(f"{len(gone)} deleted")
