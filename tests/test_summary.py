@@ -7,7 +7,7 @@ import pytest
 
 from tests.sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
 from xtrain.metrics import StepRecord
-from xtrain.record import CounterFacts
+from xtrain.record import CounterFacts, StepPeaks
 from xtrain.summary import clean, format_bytes, format_counter, largest, plural, render_summary
 
 WHOLE = """\
@@ -47,6 +47,20 @@ def test_a_sampled_peak_says_so_and_ranks_are_not_added_up() -> None:
     ranks = [sample_memory(0, 100 * MIB, "sampled"), sample_memory(1, 200 * MIB, "sampled")]
     expected = "peak 200.0 MiB (sampled), the largest of 2 ranks"
     assert rows(memory=ranks, world=2)["memory, live tensors"] == expected
+
+
+def test_a_step_s_categories_are_those_of_the_fullest_rank_at_each_place() -> None:
+    held = [{"parameters": MIB, "activations": 2 * MIB, "logits": 0}, {"parameters": MIB, "other": 4 * MIB}]
+    ranks = [
+        sample_memory(number).model_copy(update={"step_peaks": StepPeaks(step=2, peaks={"cuda:0": one})})
+        for number, one in enumerate(held)
+    ]
+    ranks.append(
+        sample_memory(2).model_copy(update={"step_peaks": StepPeaks(step=2, peaks={"cpu": held[0]})})
+    )
+    found = rows(memory=ranks, world=3)
+    assert found["memory, a step on cuda:0"] == "5.0 MiB: parameters 1.0 MiB, other 4.0 MiB"
+    assert found["memory, a step on cpu"] == "3.0 MiB: parameters 1.0 MiB, activations 2.0 MiB"
 
 
 def test_a_failure_and_skipped_steps_are_shown_on_one_line() -> None:
