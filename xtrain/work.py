@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -57,11 +57,14 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
             before = resident_bytes()
             engine = choice.backend.start(resolved, model, job)
             begin = agreed(engine, begin)
+            resolved = replace(resolved, notes=(*resolved.notes, *model.notes))
             if begin.checkpoint:
                 restore(engine, begin.checkpoint, guards, job.rank)
             if directory:  # only now: a request that is refused has changed nothing
                 fill(directory, request, resolved, begin, partial(say, first))
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
+        for note in model.notes:
+            say(first, f"note: {note}")
         stop.begin(first)
         try:
             facts = Facts(resolved, data, model, engine)

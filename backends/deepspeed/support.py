@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 REFUSED = {
-    "model.hf": "use model.preset or model.factory",
-    "model.trust_remote_code": "leave it out",
     "model.blocks": "leave it out",
     "model.init_from": "leave it out",
     "train.compile": "use false",

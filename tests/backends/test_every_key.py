@@ -114,6 +114,8 @@ EVERYWHERE = {
     "model.preset": "model",
     "model.factory": "model",
     "model.args": "model",
+    "model.hf": "model",
+    "model.trust_remote_code": "model",
     "model.layers": "model",
     "model.hidden": "model",
     "model.heads": "model",

@@ -17,12 +17,11 @@ from tests.conformance.environment import ROOT, job_environment
 TIMEOUT_SECONDS = 300
 
 Results = dict[str, Any]
+RunCases = Callable[[Sequence[Case], int], tuple[Results, Path]]
 
 
 @pytest.fixture(scope="session")
-def run_cases(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Sequence[Case], int], tuple[Results, Path]]:
+def run_cases(tmp_path_factory: pytest.TempPathFactory) -> RunCases:
     """Runs cases in a fresh job of `world` processes; returns results by name and the weights' folder."""
 
     def run(cases: Sequence[Case], world: int) -> tuple[Results, Path]:

@@ -18,10 +18,13 @@ class Curve:
     norms: list[float] = field(default_factory=list)
 
 
-def train(spec: Spec) -> Curve:
-    """The whole global batch in one pass: no accumulation, no seam."""
+def train(spec: Spec, model: torch.nn.Module | None = None) -> Curve:
+    """The whole global batch in one pass: no accumulation, no seam.
+
+    `model` maps (tokens, targets) to the sum of token losses; without it, it is the spec's own.
+    """
     data = open_data(spec, show_progress=False)
-    model = model_source(spec, data.vocab_size).build()
+    model = model or model_source(spec, data.vocab_size).build()
     optimizer = _optimizer(spec, model)
     curve = Curve()
     for step in range(spec.train.steps):

@@ -1,16 +1,19 @@
-"""Gives a model of logits the (tokens, targets) -> loss sum that engines call."""
+"""Gives a model that is not ours the (tokens, targets) -> loss sum that engines call."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from xtrain.errors import RunFailed, described
-from xtrain.models.loss import cross_entropy_sum
+from xtrain.models.loss import PLAIN, LogitForm, LossChunk, cross_entropy_sum, projected_cross_entropy_sum
 
 
-class LogitsLoss(nn.Module):
-    """Wraps a module whose output is logits: a tensor, an object with `.logits`, or a tuple of them first."""
+class Adapter(nn.Module):
+    """Wraps the module `model`, whose parameters get the prefix `model.`; `origin` names it for people."""
 
     def __init__(self, model: nn.Module, origin: str) -> None:
         super().__init__()
@@ -19,7 +22,7 @@ class LogitsLoss(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         try:
-            output = self.model(tokens)
+            return self.loss_sum(tokens, targets)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise RunFailed(
                 f"the model of {self.origin} failed in its forward: {described(error)}"
@@ -30,6 +33,16 @@ class LogitsLoss(nn.Module):
             raise RunFailed(
                 f"the model of {self.origin} failed in its forward: {described(error)}"
             ) from error
+
+    @abstractmethod
+    def loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: ...
+
+
+class LogitsLoss(Adapter):
+    """For a module whose output is logits: a tensor, an object with `.logits`, or a tuple of them first."""
+
+    def loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        output = self.model(tokens)
         logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -38,3 +51,43 @@ class LogitsLoss(nn.Module):
                 "expected logits [batch, seq, vocabulary]"
             )
         return cross_entropy_sum(logits, targets)
+
+
+class LossHead(nn.Module):
+    """Stands where a model had its head, an nn.Linear, with the same parameters under the same names.
+
+    hidden [batch, seq, width] -> the head's output, or with targets the sum of token losses. The loss
+    is taken here, inside the module that owns the projection, so that an engine which gathers
+    parameters module by module has it at hand.
+    """
+
+    def __init__(self, linear: nn.Linear, loss_chunk: LossChunk, form: LogitForm = PLAIN) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", linear.bias)
+        self.loss_chunk = loss_chunk
+        self.form = form
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return projected_cross_entropy_sum(
+            hidden, self.weight, targets, self.loss_chunk, self.bias, self.form
+        )
+
+
+class HeadLoss(Adapter):
+    """For a module of the transformers library in which the place of its head, `head`, is a LossHead.
+
+    The library's own head is never run: full logits never exist.
+    """
+
+    def __init__(self, model: nn.Module, head: str, origin: str) -> None:
+        super().__init__(model, origin)
+        self.head = head
+
+    def loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.base_model(input_ids=tokens).last_hidden_state  # type: ignore[operator]
+        loss: torch.Tensor = self.model.get_submodule(self.head)(hidden, targets)
+        return loss

@@ -8,6 +8,7 @@ Nothing is computed twice: the backward pass only multiplies by the incoming gra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,26 @@ AUTO_CHUNK_TOKENS = 2048
 LossChunk = int | Literal["auto", "none"]
 
 
+@dataclass(frozen=True)
+class LogitForm:
+    """What a model makes of its head's output x: scale * x, or cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, output: torch.Tensor) -> torch.Tensor:
+        """The logits; fp32, of any shape."""
+        logits = output if self.scale == 1.0 else output * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative of `apply`, given its result."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
+
+
+PLAIN = LogitForm()
+
+
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of token losses, in fp32. logits [..., vocabulary], targets [...] with IGNORED_TARGET."""
     return F.cross_entropy(
@@ -31,19 +52,26 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 def projected_cross_entropy_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: LossChunk
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: LossChunk,
+    bias: torch.Tensor | None = None,
+    form: LogitForm = PLAIN,
 ) -> torch.Tensor:
-    """Sum of token losses of `hidden @ weight.T`, in fp32.
+    """Sum of token losses of `form(hidden @ weight.T + bias)`, in fp32.
 
-    hidden [..., width], weight [vocabulary, width], targets [...] with IGNORED_TARGET; `chunk` is
-    the number of tokens whose logits exist at one time, or "none" for all of them.
+    hidden [..., width], weight [vocabulary, width], targets [...] with IGNORED_TARGET, bias
+    [vocabulary]; `chunk` is the number of tokens whose logits exist at one time, or "none" for all.
     """
     if chunk == "none":
-        return cross_entropy_sum(F.linear(hidden, weight), targets)
+        return cross_entropy_sum(form.apply(F.linear(hidden, weight, bias).float()), targets)
     if chunk == "auto":
         chunk = max(1, min(AUTO_CHUNK_TOKENS, AUTO_CHUNK_BYTES // (4 * weight.shape[0])))
     rows = hidden.flatten(0, -2)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets.flatten(), chunk)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, targets.flatten(), chunk, form
+    )
     return loss
 
 
@@ -57,52 +85,67 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+        form: LogitForm,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             projection = weight.to(dtype)
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 inputs = hidden[rows].to(dtype)
-                logits = (inputs @ projection.t()).float()
-                losses, gradient = _loss_and_gradient(logits, targets[rows])
+                output = (inputs @ projection.t()).float()
+                if bias is not None:
+                    output += bias
+                losses, gradient = _loss_and_gradient(form, output, targets[rows])
                 total += losses
+                if bias_grad is not None:
+                    bias_grad += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] = gradient @ projection
                 if weight_grad is not None:
                     _add_product(weight_grad, gradient.t(), inputs)
-        ctx.gradients = hidden_grad, weight_grad
-        ctx.weight_dtype = weight.dtype
+        ctx.gradients = hidden_grad, weight_grad, bias_grad
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.gradients
-        ctx.gradients = None  # scaled in place below: a second backward must fail, not be wrong
-        if hidden_grad is not None:
-            hidden_grad = (hidden_grad.float() * upstream).to(hidden_grad.dtype)
-        if weight_grad is not None:
-            weight_grad = weight_grad.mul_(upstream).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward must fail
+        hidden, weight, bias = (
+            None if gradient is None else gradient.float().mul_(upstream).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return hidden, weight, bias, None, None, None
 
 
-def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of losses and its gradient for fp32 logits [tokens, vocabulary], which are overwritten."""
+def _loss_and_gradient(
+    form: LogitForm, output: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of losses and its gradient, for fp32 outputs [tokens, vocabulary], which are overwritten."""
+    logits = form.apply(output)
+    slope = form.slope(logits)
     counted = (targets != IGNORED_TARGET).unsqueeze(1)
     index = targets.clamp(min=0).unsqueeze(1)
     norm = logits.logsumexp(dim=1, keepdim=True)
     losses = ((norm - logits.gather(1, index)) * counted).sum()
     gradient = logits.sub_(norm).exp_()
     gradient.scatter_add_(1, index, torch.full_like(norm, -1.0))
-    return losses, gradient.mul_(counted)
+    gradient = gradient.mul_(counted)
+    return losses, gradient if form == PLAIN else gradient.mul_(slope)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""From a spec to a model: the built-in presets, or a user's own `factory:`.
+"""From a spec to a model: the built-in presets, a user's own `factory:`, or one of Hugging Face's.
 
 torch is imported when a model is built, not before.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xtrain.contract import ModelSource
 from xtrain.errors import RequestError, XtrainError, described
+from xtrain.models.hf import HuggingFaceSource
 from xtrain.models.presets import dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
@@ -25,15 +26,28 @@ if TYPE_CHECKING:
     from xtrain.models.loss import LossChunk
 
 
-def model_source(spec: Spec, data_vocab_size: int) -> ModelSource:
+class NotedSource(ModelSource, Protocol):
+    """A source that can say more of the model than its description."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know about the model that was built, a sentence each; after `build`."""
+        ...
+
+
+def model_source(spec: Spec, data_vocab_size: int) -> NotedSource:
     """What builds the model of `spec`, for data of that many symbols."""
     if spec.model.preset is not None:
         return PresetSource(spec, data_vocab_size)
+    if spec.model.hf is not None:
+        return HuggingFaceSource(spec, data_vocab_size)
     return FactorySource(spec)
 
 
 class PresetSource:
     """A built-in model, its weights a function of (seed, parameter name)."""
+
+    notes = ()
 
     def __init__(self, spec: Spec, data_vocab_size: int) -> None:
         size = dimensions(spec)
@@ -75,6 +89,8 @@ class FactorySource:
     The function is called on the CPU with torch's seed set to `train.seed`; its module must map
     tokens [batch, seq] to logits [batch, seq, vocabulary] (xtrain/models/adapter.py).
     """
+
+    notes = ()
 
     def __init__(self, spec: Spec) -> None:
         self.seed = spec.train.seed

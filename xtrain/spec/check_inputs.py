@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from xtrain.contract import Problem
+from xtrain.models.hf_folder import folder_problems, local_folder
 from xtrain.models.presets import PRESETS, dimensions
 from xtrain.spec.keys import printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
@@ -23,6 +24,7 @@ def model_problems(spec: Spec) -> Iterator[Problem]:
     yield from _model_kind(spec)
     yield from _model_keys(spec)
     yield from _factory(spec)
+    yield from _hugging_face(spec)
     yield from _heads(spec)
     yield from _initial_weights(spec)
 
@@ -58,6 +60,8 @@ def _model_keys(spec: Spec) -> Iterator[Problem]:
     if model.factory is not None and model.dropout:
         expected = "expected only with model.preset"
         yield Problem("model.dropout", printed(model.dropout), expected, "pass it in model.args")
+    if model.trust_remote_code and model.hf is None:
+        yield Problem("model.trust_remote_code", "true", "expected only with model.hf", "leave it out")
     if model.args and model.factory is None:
         yield Problem("model.args", printed(model.args), "expected only with model.factory", "leave it out")
     if model.blocks is not None and model.preset is not None:
@@ -75,6 +79,12 @@ def _factory_form(factory: str) -> str:
     """`factory` with its separator put right, where that is all it lacks."""
     guess = ":".join(re.sub(r"\.py\b", "", factory).replace("/", ".").replace(":", ".").rsplit(".", 1))
     return f"did you mean {guess}?" if FACTORY_FORM.fullmatch(guess) else "for example my_models.tiny:build"
+
+
+def _hugging_face(spec: Spec) -> Iterator[Problem]:
+    """A name is looked up when the run starts: that needs its library, and perhaps the network."""
+    if spec.model.hf is not None and (folder := local_folder(spec.model.hf)) is not None:
+        yield from folder_problems(folder)
 
 
 def _heads(spec: Spec) -> Iterator[Problem]:

@@ -53,8 +53,8 @@ def loss_problems(spec: Spec) -> Iterator[Problem]:
     if not isinstance(spec.memory, MemorySection):
         return
     chunk = spec.memory.loss_chunk
-    if spec.model.preset is None and isinstance(chunk, int):
-        expected = "expected only with model.preset: another model makes its logits as a whole"
+    if spec.model.factory is not None and isinstance(chunk, int):
+        expected = "expected only with model.preset or model.hf: this model makes its logits as a whole"
         yield Problem("memory.loss_chunk", str(chunk), expected, "leave it out")
 
 
