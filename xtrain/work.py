@@ -12,13 +12,13 @@ from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder, select
 from xtrain.choose import Choice
-from xtrain.contract import Counter, Job, ModelSource, OutOfMemory, Resolved
+from xtrain.contract import Counter, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
-from xtrain.models.source import model_source
+from xtrain.models.source import NotedSource, model_source
 from xtrain.preflight import host_name, known, preflight, told_to_others
 from xtrain.prepare import discarded_on_refusal, fill, is_new, open_directory
 from xtrain.progress import Progress
@@ -75,7 +75,7 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
 
 def _prepare(
     request: Request, spec: Spec, choice: Choice, job: Job
-) -> tuple[Dataset, Start, ModelSource, Resolved]:
+) -> tuple[Dataset, Start, NotedSource, Resolved]:
     """All that is known without the other processes."""
     first = job.rank == 0
     selected = _select(request, first)

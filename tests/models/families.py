@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {**COMMON, **WIDTH, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "gemma": {**GROUPED, "head_dim": 8},
     "gemma2": {**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
-    "cohere": {**GROUPED, "pad_token_id": None},
+    "cohere": {**GROUPED, "logit_scale": 0.5, "pad_token_id": None},
     "granite": {**GROUPED, "logits_scaling": 3.0},
     "phi": {**COMMON, **WIDTH},
 }
