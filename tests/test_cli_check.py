@@ -161,7 +161,13 @@ def test_interrupted_command_exits_as_shells_expect(good: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["--help"], ["check", "{spec}"], ["check", "{spec}", "--backend", "deepspeed"]]
+    "words",
+    [
+        ["--help"],
+        ["check", "{spec}"],
+        ["check", "{spec}", "--backend", "deepspeed"],
+        ["check", "{spec}", "--set", "model={hf: configs/llama-tiny}", "--backend", "cpu"],
+    ],
 )
 def test_command_that_trains_nothing_imports_neither_torch_nor_deepspeed(
     words: list[str], good: Path
@@ -172,6 +178,6 @@ def test_command_that_trains_nothing_imports_neither_torch_nor_deepspeed(
         "heavy = sorted({'torch', 'deepspeed', 'numpy', 'transformers'} & set(sys.modules))\n"
         "print('imported', heavy, code)"
     )
-    words = [word.format(spec=good) for word in words]
+    words = [word.replace("{spec}", str(good)) for word in words]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "imported [] 0", done.stderr

@@ -602,8 +602,8 @@ def test_chunk_of_the_loss_is_refused_where_the_model_makes_its_logits_itself() 
     assert problems(model=model, memory={"loss_chunk": "none"}) == []
     assert problems(memory={"loss_chunk": 64}) == []
     assert problems(model=model, memory={"loss_chunk": 64}) == [
-        "memory.loss_chunk: found 64, expected only with model.preset: another model makes its logits as a "
-        "whole; leave it out"
+        "memory.loss_chunk: found 64, expected only with model.preset or model.hf: this model makes its "
+        "logits as a whole; leave it out"
     ]
 
 
