@@ -18,7 +18,7 @@ from xtrain.comparison import Comparison, compare_runs, largest_difference
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane, LaneEnd, parse_lanes, run_lane, xtrain_run
 from xtrain.metrics import StepRecord
-from xtrain.record import DataFacts
+from xtrain.record import DataFacts, StepPeaks
 from xtrain.report import render_markdown, render_terminal
 
 FINISHED = LaneEnd("finished", None, 1.0)
@@ -214,6 +214,19 @@ def test_the_markdown_report_has_method_machine_and_tables(tmp_path: Path) -> No
     assert "Machine: Python 3.11.0, torch 2.13.0." in text
     for title in ("## Losses\n\n| lane ", "## Speed\n\n| lane ", "## Memory\n\n| lane "):
         assert title in text
+
+
+def test_where_a_step_s_memory_went_is_a_table_of_its_own(tmp_path: Path) -> None:
+    peaks = {"cpu": {"parameters": MIB, "logits": 0}, "cuda:0": {"parameters": 2 * MIB, "activations": MIB}}
+    counted = sample_memory().model_copy(update={"step_peaks": StepPeaks(step=2, peaks=peaks)})
+    ends = [("cuda", FINISHED, write_run(tmp_path / "cuda", memory=[counted]))]
+    table = render_terminal(compare_runs("tiny.yaml", ends)).split("\n\n")[-1].splitlines()
+    assert table[0] == "Memory of one step at its fullest"
+    assert table[1].split() == ["lane", "on", "total", "parameters", "activations"]
+    assert [line.split() for line in table[3:]] == [
+        ["cuda", "cpu", "1.0", "MiB", "1.0", "MiB", "0.0", "MiB"],
+        ["cuda", "cuda:0", "3.0", "MiB", "2.0", "MiB", "1.0", "MiB"],
+    ]
 
 
 def test_a_report_of_lanes_that_all_failed_says_why(tmp_path: Path) -> None:

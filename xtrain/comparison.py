@@ -10,7 +10,7 @@ from typing import Literal
 
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError
 from xtrain.lanes import LaneEnd, Outcome
-from xtrain.metrics import StepRecord, read_metrics
+from xtrain.metrics import Natural, StepRecord, read_metrics
 from xtrain.record import (
     CounterFacts,
     Evaluation,
@@ -22,7 +22,7 @@ from xtrain.record import (
     load_record,
 )
 from xtrain.speed import Speed
-from xtrain.summary import largest
+from xtrain.summary import fullest_step, largest
 
 
 class Difference(Part):
@@ -57,6 +57,8 @@ class Figures(Part):
     """Memory is that of the rank that held most."""
     reserved: CounterFacts | None
     rss: CounterFacts | None
+    step_peaks: dict[str, dict[str, Natural]]
+    """Of one step at its fullest: by place, then by category."""
 
 
 class LaneReport(Part):
@@ -174,6 +176,7 @@ def _figures(run: _Run, reference: _Run) -> Figures:
         live=largest(record.memory, "live"),
         reserved=largest(record.memory, "reserved"),
         rss=largest(record.memory, "rss"),
+        step_peaks=fullest_step(record.memory),
     )
 
 

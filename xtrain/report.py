@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from xtrain.comparison import Comparison, Difference, Figures, LaneReport
+from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.summary import (
     COUNTERS,
     NOT_MEASURED,
@@ -73,6 +74,8 @@ def _tables(comparison: Comparison) -> list[Table]:
     tables = []
     if finished:
         tables += [_losses(finished, comparison.reference), _speed(finished), _memory(finished)]
+        counted = _step_memory(finished)
+        tables += [counted] if counted.rows else []
     if unfinished:
         rows = [[lane.name, lane.outcome, lane.reason or ""] for lane in unfinished]
         tables.append(Table("Lanes without figures", ["lane", "outcome", "reason"], rows))
@@ -137,6 +140,17 @@ def _memory(lanes: Sequence[tuple[LaneReport, Figures]]) -> Table:
     headers = ["lane", *(f"{COUNTERS[key]}, {method}" for key, method in used)]
     rows = [[name, *(found.get(column, NOT_MEASURED) for column in used)] for name, found in cells.items()]
     return Table("Memory", headers, rows)
+
+
+def _step_memory(lanes: Sequence[tuple[LaneReport, Figures]]) -> Table:
+    """One row for each lane and place; where nothing was counted there is none."""
+    held = [(lane.name, place, one) for lane, figures in lanes for place, one in figures.step_peaks.items()]
+    used = [name for name in MEMORY_CATEGORIES if any(one.get(name) for _, _, one in held)]
+    rows = [
+        [name, place, format_bytes(sum(one.values())), *(format_bytes(one.get(key, 0)) for key in used)]
+        for name, place, one in held
+    ]
+    return Table("Memory of one step at its fullest", ["lane", "on", "total", *used], rows)
 
 
 def _memory_cells(figures: Figures) -> dict[tuple[str, str], str]:

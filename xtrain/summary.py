@@ -85,6 +85,15 @@ def largest(ranks: Sequence[RankMemory], key: str) -> CounterFacts | None:
     return max(found, key=lambda c: (c.peak_bytes or 0, c.bytes), default=None)
 
 
+def fullest_step(ranks: Sequence[RankMemory]) -> dict[str, dict[str, int]]:
+    """A step's bytes by place and category, each place's of the rank that held most there."""
+    fullest: dict[str, dict[str, int]] = {}
+    for rank in ranks:
+        for place, held in (rank.step_peaks.peaks if rank.step_peaks else {}).items():
+            fullest[place] = max(fullest.get(place, {}), held, key=lambda one: sum(one.values()))
+    return fullest
+
+
 def plural(count: int, noun: str) -> str:
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
@@ -125,11 +134,7 @@ def _memory(ranks: Sequence[RankMemory], key: str) -> str:
 
 
 def _step_peaks(ranks: Sequence[RankMemory]) -> list[tuple[str, str]]:
-    """One row for each place, of the rank that held most there."""
-    fullest: dict[str, dict[str, int]] = {}
-    for rank in ranks:
-        for place, held in (rank.step_peaks.peaks if rank.step_peaks else {}).items():
-            fullest[place] = max(fullest.get(place, {}), held, key=lambda one: sum(one.values()))
+    fullest = fullest_step(ranks)
     return [(f"memory, a step on {clean(place)}", format_categories(held)) for place, held in fullest.items()]
 
 
