@@ -53,6 +53,10 @@ class Translator(Protocol):
         """The config that `xtrain run` gives to it, concrete, in the order in which it is written."""
         ...
 
+    def override_problems(self, spec: Spec, world: int) -> list[Problem]:
+        """What of the overrides in the spec is unknown, of a wrong kind, or contradicts the rest of it."""
+        ...
+
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         """The config with which it does the same training without xtrain."""
         ...

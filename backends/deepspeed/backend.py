@@ -10,9 +10,10 @@ from xtrain.translation import Imported, Setting
 
 from .environment import facts, prepare, probe
 from .imports import import_config
+from .overrides import override_problems
 from .standalone import find_standalone_problems, standalone_settings
 from .support import find_notes, find_problems
-from .translate import engine_settings, translate
+from .translate import declared_settings, engine_settings, translate
 from .zero import stage_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class DeepSpeedBackend:
 
     def translation(self, spec: Spec, world: int) -> list[Setting]:
         return engine_settings(spec, world)
+
+    def override_problems(self, spec: Spec, world: int) -> list[Problem]:
+        return list(override_problems(spec, declared_settings(spec, world)))
 
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         return standalone_settings(spec, world)

@@ -18,8 +18,8 @@ from xtrain.spec.tree import Spec
 from xtrain.translation import Translator, nested
 
 WORLD = 2
-FP32_BAND, BF16_BAND = 2e-6, 1e-3
-"""Relative. Two optimizer loops of torch's (fused, foreach) differ in rounding; so do two bf16 GEMMs."""
+FP32_BAND, BF16_BAND = 5e-7, 1e-4
+"""Relative. Seen: 1e-7 and 1.4e-5; torch has several AdamW loops (fused, foreach) that round apart."""
 
 
 def deepspeed() -> Translator:

@@ -15,6 +15,7 @@ from xtrain.spec.problems import find_faults, translate
 from xtrain.spec.reader import Document, Unreadable, read_file
 from xtrain.spec.sound import sound_part
 from xtrain.spec.tree import Spec
+from xtrain.translation import translators
 
 
 def load_spec(
@@ -63,6 +64,7 @@ def _examine(
         translate(faults, data),
         check_spec(spec, world, unsound),
         _asked(backend, spec, world, unsound),
+        _overridden(spec, world, unsound),
     ):
         told = {problem.path for problem in found}
         found += [_placed(problem, document, changes, world) for problem in later if problem.path not in told]
@@ -76,6 +78,13 @@ def _asked(
     if backend is not None:
         found = backend.problems(spec, world or spec.launch.processes)
         yield from (problem for problem in found if problem.path.partition(".")[0] not in unsound)
+
+
+def _overridden(spec: Spec, world: int | None, unsound: Collection[str]) -> Iterator[Problem]:
+    """What is wrong in a section of overrides, whichever backend was asked for: one file serves all."""
+    if spec.deepspeed and not unsound:
+        for translator in translators().values():
+            yield from translator.override_problems(spec, world or spec.launch.processes)
 
 
 def _blame(
