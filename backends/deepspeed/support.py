@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "model.blocks": "leave it out",
-    "model.init_from": "leave it out",
     "train.compile": "use false",
     "memory.checkpointing": "use none",
     "memory.offload": "use none",

@@ -116,6 +116,7 @@ EVERYWHERE = {
     "model.args": "model",
     "model.hf": "model",
     "model.trust_remote_code": "model",
+    "model.init_from": "model",
     "model.layers": "model",
     "model.hidden": "model",
     "model.heads": "model",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from xtrain.contract import ModelSource
 from xtrain.errors import RequestError, XtrainError, described
 from xtrain.models.hf import HuggingFaceSource
+from xtrain.models.init_from import StoredStart
 from xtrain.models.presets import dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
@@ -37,6 +38,11 @@ class NotedSource(ModelSource, Protocol):
 
 def model_source(spec: Spec, data_vocab_size: int) -> NotedSource:
     """What builds the model of `spec`, for data of that many symbols."""
+    source = _own_source(spec, data_vocab_size)
+    return StoredStart(source, spec.model.init_from) if spec.model.init_from else source
+
+
+def _own_source(spec: Spec, data_vocab_size: int) -> NotedSource:
     if spec.model.preset is not None:
         return PresetSource(spec, data_vocab_size)
     if spec.model.hf is not None:

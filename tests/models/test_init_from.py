@@ -1,0 +1,138 @@
+"""A run that starts from stored weights: those of a checkpoint of ours, or of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from xtrain.checkpoints.select import select
+from xtrain.cli import main
+from xtrain.errors import RequestError
+from xtrain.models.source import model_source
+from xtrain.spec.tree import Spec
+
+VOCABULARY = 257
+SPEC: dict[str, Any] = {
+    "model": {"preset": "gpt2-nano", "layers": 2, "hidden": 16, "heads": 2, "positions": 32},
+    "data": {"source": "synthetic", "seq_len": 32, "tokens": 5000},
+    "batch": {"global": 4},
+    "train": {"steps": 2},
+    "optimizer": {"lr": 0.1},
+}
+
+
+def built(init_from: Path | None = None, **model: Any) -> torch.nn.Module:
+    named = {**SPEC["model"], **model, "init_from": init_from and str(init_from)}
+    return model_source(Spec.model_validate({**SPEC, "model": named}), VOCABULARY).build()
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    """Weights that no seed would draw."""
+    return {name: weight.detach() + 0.5 for name, weight in built().named_parameters()}
+
+
+def library_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """In two files, as large models come."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    names = sorted(weights)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: weights[name] for name in part}, folder / f"model-{number}.safetensors")
+    return folder
+
+
+def assert_has(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    assert {name for name, _ in model.named_parameters()} == set(weights)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def run(folder: Path, out: str, *options: str) -> str:
+    (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC))
+    words = ["run", str(folder / "spec.yaml"), "--backend", "cpu", "--out", str(folder / out), *options]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_starts_from_the_last_checkpoint_of_another(tmp_path: Path) -> None:
+    run(tmp_path, "first")
+    last = select(tmp_path / "first", hashes=True).checkpoint
+    assert last is not None
+    reader = last.reader()
+    weights = {name: reader.read(name, "weight") for name in other_weights()}
+    for stored in (tmp_path / "first", last.path):
+        assert_has(built(stored), weights)  # type: ignore[arg-type]
+    assert not torch.equal(built().get_parameter("head.norm.weight"), weights["head.norm.weight"])  # type: ignore[arg-type]
+    said = run(tmp_path, "second", "--set", f"model.init_from={tmp_path / 'first'}")
+    assert f"vocabulary 257, from {tmp_path / 'first'}: " in said
+
+
+def test_a_damaged_checkpoint_is_no_start(tmp_path: Path) -> None:
+    run(tmp_path, "first")
+    last = select(tmp_path / "first", hashes=True).checkpoint
+    assert last is not None
+    file = next(last.path.glob("model*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RequestError, match=r"^model.init_from: .*its hash does not fit"):
+        built(last.path)
+
+
+def test_weights_of_a_folder_of_safetensors_replace_the_initial_ones(tmp_path: Path) -> None:
+    weights = other_weights()
+    assert_has(built(library_folder(tmp_path / "stored", weights)), weights)
+
+
+def test_what_another_library_keeps_without_our_prefix_is_found(tmp_path: Path) -> None:
+    (tmp_path / "own_factory.py").write_text("import torch\ndef build(): return torch.nn.Linear(2, 3)\n")
+    weights = {"weight": torch.ones(3, 2), "bias": torch.full((3,), 2.0)}
+    folder = library_folder(tmp_path / "stored", weights)
+    factory = {"preset": None, "layers": None, "hidden": None, "heads": None, "positions": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        model = built(folder, **factory, factory="own_factory:build")
+    assert_has(model, {f"model.{name}": weight for name, weight in weights.items()})
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    weights = other_weights()
+    del weights["head.norm.bias"]
+    weights["head.norm.weight"] = torch.ones(5)
+    folder = library_folder(tmp_path / "stored", weights)
+    with pytest.raises(RequestError) as refused:
+        built(folder)
+    assert str(refused.value) == (
+        f"model.init_from: found {folder} with head.norm.weight (5,), expected (16,); no head.norm.bias; "
+        "expected weights for every parameter: name a checkpoint of this kind and size of model"
+    )
+
+
+def test_many_misfits_are_counted(tmp_path: Path) -> None:
+    folder = library_folder(tmp_path / "stored", other_weights())
+    with pytest.raises(RequestError, match=r"expected \(257, 24\); .* and \d+ more; expected weights"):
+        built(folder, hidden=24)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(RequestError, match="expected safetensors in it"):
+        built(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RequestError, match="expected a run directory with a checkpoint in it"):
+        built(tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = library_folder(tmp_path / "stored", other_weights())
+    file = folder / "model-0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RequestError, match=r"model-0.safetensors cannot be read"):
+        built(folder)
