@@ -213,6 +213,13 @@ def cut_off(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def only_the_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}'
+    )
+
+
 def quantised(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -226,6 +233,7 @@ def quantised(folder: Path) -> None:
         (as_pickle, "expected weights as safetensors: reading a pickle runs code"),
         (cut_off, "could not be built: "),
         (quantised, "its weights are quantised"),
+        (only_the_index, "could not be built: "),
     ],
 )
 def test_weights_that_cannot_be_taken_are_refused(
@@ -267,6 +275,12 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
 def test_a_kind_of_model_that_is_not_known_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(RequestError, match=r"could not be found: .*no-such-model"):
+        source_of(tmp_path)
+
+
+def test_a_config_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(RequestError, match=r"could not be used: .*vocab_size"):
         source_of(tmp_path)
 
 

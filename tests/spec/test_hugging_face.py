@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,13 @@ def test_a_name_is_not_looked_up(name: str, folder: Path) -> None:
         ("~/no/such", "looked from "),
         ("/no/such", "looked from "),
         ("a/b/c", "looked from "),
+        ("./" + "a" * 5000, "looked from "),
+        ("~nobody/at/all", "looked from "),
     ],
 )
 def test_a_folder_that_is_not_there_is_refused_with_its_path(hf: str, nearest: str, folder: Path) -> None:
     (found,) = problems(hf)
-    expanded = Path(hf).expanduser()
+    expanded = Path(os.path.expanduser(hf))  # noqa: PTH111
     assert found.startswith(f"model.hf: found {expanded}, expected a folder that exists; {nearest}")
 
 
@@ -98,6 +101,16 @@ def test_weights_in_a_pickle_are_refused_and_not_taken_for_no_weights(name: str,
         f"model.hf: found models/llama/{name}, expected weights as safetensors: reading a pickle runs code "
         "that is in it; save the model again, with a current transformers"
     ]
+
+
+def test_safetensors_that_would_not_be_read_are_refused_and_not_taken_for_no_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").touch()
+    (found,) = problems("models/llama")
+    assert found.startswith(
+        "model.hf: found models/llama/adapter_model.safetensors, expected weights in model.safetensors"
+    )
+    (folder / "model.safetensors.index.json").touch()
+    assert problems("models/llama") == []
 
 
 def test_trust_without_a_model_to_trust_is_refused() -> None:

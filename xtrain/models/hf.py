@@ -37,45 +37,50 @@ class HuggingFaceSource:
         self.path = str(folder or spec.model.hf)
         self.has_weights = folder is None or has_weights(folder)
         self.transformers = _library(self.path)
-        self.config = self._read_config()
-        self.text = self.config.get_text_config()
-        self._set_vocabulary(data_vocab_size)
-        self._check_context()
         self.notes: list[str] = []
-        self.dropout_note = set_dropouts(self.text, spec.model.dropout)
-        self.config.use_cache = self.text.use_cache = False  # a cache of keys and values is for generation
-        self.description = (
-            f"{spec.model.hf}, {self.text.num_hidden_layers} layers x {self.text.hidden_size}, "
-            f"vocabulary {self.text.vocab_size}"
-        )
+        with self._trying("used"):
+            self.config = self._read_config()
+            self.text = self.config.get_text_config()
+            self._set_vocabulary(data_vocab_size)
+            self._check_context()
+            self.dropout_note = set_dropouts(self.text, spec.model.dropout)
+            self.config.use_cache = self.text.use_cache = (
+                False  # keys and values are kept for generation only
+            )
+            self.description = (
+                f"{spec.model.hf}, {self.text.num_hidden_layers} layers x {self.text.hidden_size}, "
+                f"vocabulary {self.text.vocab_size}, {'stored' if self.has_weights else 'initial'} weights"
+            )
 
     def build(self) -> nn.Module:
-        from xtrain.models.adapter import Adapter, HeadLoss, LogitsLoss, LossHead
-        from xtrain.models.anatomy import UnknownHead, find_head, is_causal
+        from xtrain.models.anatomy import is_causal
 
-        origin = f"model.hf {self.spec.model.hf}"
         with self._trying("built"):
             model = self._load() if self.has_weights else self._initialise()
-            causal = is_causal(model)
-        if not causal:
-            raise RequestError(
-                f"{origin}: its logits for a token change with the tokens after it; "
-                "expected a causal language model"
-            )
-        self.notes = [self.dropout_note] if self.dropout_note else []
-        self._note_padding(model)
+            if not is_causal(model):
+                raise RequestError(
+                    f"model.hf {self.path}: its logits for a token change with the tokens after it; "
+                    "expected a causal language model"
+                )
+            self.notes = [self.dropout_note] if self.dropout_note else []
+            self._note_padding(model)
+            return self._adapted(model).train()
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        """With the loss taken in its head, or where that is not understood, of its own logits."""
+        from xtrain.models.adapter import HeadLoss, LogitsLoss, LossHead
+        from xtrain.models.anatomy import UnknownHead, find_head
+
+        origin = f"model.hf {self.spec.model.hf}"
         chunk = self.spec.memory.loss_chunk if isinstance(self.spec.memory, MemorySection) else "auto"
-        adapted: Adapter
         try:
             head = find_head(model)
         except UnknownHead as unknown:
             self._note_whole_logits(str(unknown))
-            adapted = LogitsLoss(model, origin)
-        else:
-            linear: Any = model.get_submodule(head.path)
-            model.set_submodule(head.path, LossHead(linear, chunk, head.form))
-            adapted = HeadLoss(model, head.path, origin)
-        return adapted.train()
+            return LogitsLoss(model, origin)
+        linear: Any = model.get_submodule(head.path)
+        model.set_submodule(head.path, LossHead(linear, chunk, head.form))
+        return HeadLoss(model, head.path, origin)
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -11,7 +12,8 @@ from pathlib import Path
 from xtrain.contract import Problem
 
 CONFIG = "config.json"
-SAFETENSORS = ("model*.safetensors",)
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+OTHER_SAFETENSORS = ("*.safetensors",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 """Reading one of these runs code that is in it."""
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -24,11 +26,10 @@ def local_folder(hf: str) -> Path | None:
 
     A folder is what is one, or is written like a path, or begins like a path from here.
     """
-    path = Path(hf).expanduser()
+    path = os.path.expanduser(hf)  # noqa: PTH111 (pathlib raises for what is no possible path)
     like_a_path = hf.startswith((".", "~")) or not NAME.fullmatch(hf)
-    if like_a_path or path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir()):
-        return path
-    return None
+    parent = os.path.dirname(path)  # noqa: PTH120
+    return Path(path) if like_a_path or _is_folder(path) or _is_folder(parent) else None
 
 
 def has_weights(folder: Path) -> bool:
@@ -37,7 +38,7 @@ def has_weights(folder: Path) -> bool:
 
 def folder_problems(folder: Path, key: str = "model.hf") -> Iterator[Problem]:
     """Why no model can be built from `folder`; problems of the spec's `key`."""
-    if not folder.is_dir():
+    if not _is_folder(str(folder)):
         yield Problem(key, str(folder), "expected a folder that exists", _similar(folder))
     elif not (folder / CONFIG).is_file():
         expected = f"expected a folder with {CONFIG} in it"
@@ -48,6 +49,9 @@ def folder_problems(folder: Path, key: str = "model.hf") -> Iterator[Problem]:
     elif not has_weights(folder) and (pickle := _any(folder, PICKLES)):
         expected = "expected weights as safetensors: reading a pickle runs code that is in it"
         yield Problem(key, str(pickle), expected, "save the model again, with a current transformers")
+    elif not has_weights(folder) and (other := _any(folder, OTHER_SAFETENSORS)):
+        expected = "expected weights in model.safetensors, or in model-00001-of-... with their index"
+        yield Problem(key, str(other), expected, "rename it, or move it away to train from the config alone")
 
 
 def _fault_of_config(path: Path) -> str:
@@ -63,6 +67,10 @@ def _fault_of_config(path: Path) -> str:
     if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
         return "names no model_type"
     return ""
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def _any(folder: Path, patterns: tuple[str, ...]) -> Path | None:
