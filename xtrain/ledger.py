@@ -107,6 +107,7 @@ class Ledger(TorchDispatchMode):
         self._phase = phase
         yield
         self._phase = None
+        self._claim_holdings()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
