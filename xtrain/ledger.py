@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xtrain.contract import ByPlace, Holdings, Phase
+from xtrain.contract import MEMORY_CATEGORIES, ByPlace, Holdings, Phase
 
 _LOSS_OPS = (torch.ops.aten._log_softmax.default, torch.ops.aten.logsumexp.default)
 """Their input is logits, in every cross-entropy."""
@@ -84,7 +84,10 @@ class Ledger(TorchDispatchMode):
     @property
     def peaks(self) -> ByPlace:
         """Bytes by category at each place's fullest moment."""
-        return {name: dict(+place.peak) for name, place in self._places.items()}
+        return {
+            name: {key: place.peak[key] for key in MEMORY_CATEGORIES if place.peak[key]}
+            for name, place in self._places.items()
+        }
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -43,9 +43,11 @@ def format_bytes(count: int | None) -> str:
 
 
 def format_categories(held: Mapping[str, int]) -> str:
-    """The total, then what it is made of; what has nothing is left out."""
-    parts = ", ".join(f"{clean(name)} {format_bytes(count)}" for name, count in held.items() if count)
-    return f"{format_bytes(sum(held.values()))}{f': {parts}' if parts else ''}"
+    """The total, then what it is made of; less than a thousandth of it is left out."""
+    total = sum(held.values())
+    shown = {name: count for name, count in held.items() if 1000 * count > total}
+    parts = ", ".join(f"{clean(name)} {format_bytes(count)}" for name, count in shown.items())
+    return f"{format_bytes(total)}{f': {parts}' if parts else ''}"
 
 
 def format_loss(loss: float | None) -> str:
