@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 from xtrain.printable import printable
 
@@ -134,6 +134,19 @@ class ModelSource(Protocol):
 
     def decayed(self, name: str, parameter: torch.nn.Parameter) -> bool:
         """Whether weight decay applies: to matrices, not to biases and norms."""
+        ...
+
+
+@runtime_checkable
+class PiecewiseSource(ModelSource, Protocol):
+    """A source whose model need not exist as a whole: an engine may cut up each weight as it is drawn."""
+
+    def skeleton(self) -> torch.nn.Module:
+        """The model with its parameters on the meta device: names, shapes and ties, no numbers."""
+        ...
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The initial value of one parameter, on the CPU in fp32; the same as in `build`."""
         ...
 
 

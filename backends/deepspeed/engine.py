@@ -31,8 +31,11 @@ from xtrain.contract import (
 )
 
 from . import state
+from .construct import bound_gathering, build
+from .drive import Drive
 from .environment import device_of, require_fp16, start_process_group
 from .loss_scaling import DeferredGrowth
+from .memory import categories
 from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
@@ -58,14 +61,17 @@ class DeepSpeedEngine:
         if fp16:
             require_fp16(self.device)
         self.data_rank, self.data_size = job.rank, job.world
-        model = source.build()
-        self.parameter_count = sum(p.numel() for p in model.parameters())
+        self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
+        built = build(source, self.drive.config, self.stage)
+        self.parameter_count = built.parameter_count
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
-        optimizer = build_optimizer(spec.optimizer, model, source)
-        config = cast(dict[str, Any], resolved.settings["ds_config"])
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
-        self.optimizer = optimizer
+        self.optimizer = build_optimizer(spec.optimizer, built.model, built.decayed)
+        self.engine, *_ = deepspeed.initialize(
+            model=built.model, optimizer=self.optimizer, config=self.drive.config
+        )
+        if self.stage == 3:
+            bound_gathering(self.engine)
         self._vetoed = False
         self._votes = Votes(job.world)
         self.scaler = DeferredGrowth(self.engine.optimizer.loss_scaler) if fp16 else None
@@ -173,7 +179,7 @@ class DeepSpeedEngine:
         if self.device.type == "cuda":
             live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
             reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
-        return Memory(live, reserved, categories=None)
+        return Memory(live, reserved, categories(self.engine, self._shards().flat(), self.device))
 
     def holdings(self) -> Holdings:
         return {}
@@ -217,6 +223,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self._votes.close()
         self.engine.destroy()
+        self.drive.close()
 
     def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, on every rank."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from xtrain.contract import ModelSource
 from xtrain.spec.tree import AdamW, Optimizer
 
 
@@ -35,11 +34,13 @@ class VetoedSGD(Vetoed, torch.optim.SGD):
     pass
 
 
-def build_optimizer(section: Optimizer, model: nn.Module, source: ModelSource) -> VetoedAdamW | VetoedSGD:
+def build_optimizer(
+    section: Optimizer, model: nn.Module, decayed_names: Collection[str]
+) -> VetoedAdamW | VetoedSGD:
     """Two groups, decayed and not; the learning rate is set at every step."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if source.decayed(name, p)]
-    others = [p for name, p in named if not source.decayed(name, p)]
+    decayed = [p for name, p in named if name in decayed_names]
+    others = [p for name, p in named if name not in decayed_names]
     groups: list[dict[str, Any]] = [{"params": group} for group in (decayed, others) if group]
     if not isinstance(section, AdamW):
         return VetoedSGD(groups, lr=section.lr, momentum=section.momentum, fused=True)

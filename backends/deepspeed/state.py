@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,30 +132,51 @@ class FlatGroups(Shards):
 
 
 class Partitioned(Shards):
-    """Stage 3: a rank's piece of each parameter."""
+    """Stage 3: a rank's piece of each parameter, in groups that may live on a drive."""
 
     def flat(self) -> list[torch.Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
+
+    def make_moments(self, keys: list[str]) -> None:
+        for group, tensor in enumerate(self.flat()):
+            with self._in_memory(group):
+                for key in keys:
+                    self.optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor))
 
     def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
         full: torch.Tensor = self.zero.get_full_hp_param(parameter, key)
         return full
 
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-        # By our own piece: DeepSpeed's setter of whole tensors fails where the last piece is padded.
-        piece_numel: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = torch.zeros(piece_numel * self.engine.world_size)
-        padded[: value.numel()] = value.flatten()
-        piece = padded[piece_numel * self.engine.global_rank :][:piece_numel]
-        self.zero.set_local_hp_param(piece.to(self.zero.device), parameter, key)
+        # By our own piece: DeepSpeed's setter of whole tensors fails where the last piece is padded, and
+        # its setter of pieces where the model's own weights are on a drive.
+        group, start, piece_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        mine = value.flatten()[piece_numel * self.engine.global_rank :][:piece_numel]
+        with self._in_memory(group):
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            held = flat if key is None else self.optimizer.state[flat][key]
+            piece = held.data.narrow(0, start, piece_numel)
+            piece[: mine.numel()].copy_(mine)
+            piece[mine.numel() :].zero_()
 
     def publish(self) -> None:
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            with self._in_memory(group):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
         kept = self.zero.persistent_parameters  # small ones stay gathered: gather them anew
         if kept:
             kept[0].partition(kept)
             kept[0].all_gather(kept)
+
+    @contextmanager
+    def _in_memory(self, group: int) -> Iterator[None]:
+        """Bring a group's weights and moments from the drive, if that is where they are, and back."""
+        on_drive = self.zero._swappable_optimizer_subgroup(group)
+        if on_drive:
+            self.zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if on_drive:
+            self.zero._optimizer_states_and_gradient_swap_out(group)
 
 
 def shards_of(engine: Any, stage: int) -> Shards:

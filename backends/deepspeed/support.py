@@ -13,7 +13,7 @@ from .apple import mac_notes, mac_problems, macos_version, on_mac
 from .nvme import nvme_problems
 from .overrides import override_problems
 from .translate import declared_settings
-from .zero import STAGES, stage_of
+from .zero import STAGES, offload_of, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -22,7 +22,7 @@ REFUSED = {
     "model.blocks": "leave it out",
     "train.compile": "use false",
     "memory.checkpointing": "use none",
-    "memory.offload": "use none",
+    "memory.offload.activations": "use none",
 }
 """Keys whose technique comes later, with what to do until then."""
 
@@ -35,6 +35,7 @@ def find_problems(spec: Spec, world: int) -> list[Problem]:
         *_precision(spec),
         *_memory(spec),
         *(mac_problems(spec, world, macos_version()) if on_mac() else nvme_problems(spec)),
+        *_offload(spec),
         *override_problems(spec, declared_settings(spec, world)),
     ]
 
@@ -53,6 +54,13 @@ def find_notes(spec: Spec) -> list[str]:
         )
     if on_mac():
         notes += mac_notes(spec)
+    if offload_of(spec).optimizer.enabled and not offload_of(spec).gradients.enabled:
+        notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
+    if stage_of(spec) == 3 and spec.model.preset is None:
+        notes.append(
+            "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
+            "gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known beforehand"
+        )
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes
@@ -75,3 +83,26 @@ def _precision(spec: Spec) -> Iterator[Problem]:
 def _memory(spec: Spec) -> Iterator[Problem]:
     if spec.memory == "auto":
         yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")
+
+
+def _offload(spec: Spec) -> Iterator[Problem]:
+    """What DeepSpeed cannot move off the device, or not at this stage."""
+    offload, stage = offload_of(spec), stage_of(spec)
+    if offload.optimizer.enabled and stage == 0:
+        expected = "expected sharding: DeepSpeed offloads from ZeRO stage 1 on, also with one process"
+        found = str(offload.optimizer.device)
+        yield Problem("memory.offload.optimizer", found, expected, "set memory.sharding: optimizer")
+    if offload.gradients.enabled and offload.gradients != offload.optimizer:
+        found = f"{offload.gradients.device} with optimizer {offload.optimizer.device}"
+        expected = "DeepSpeed keeps offloaded gradients where it updates: with the optimizer"
+        yield Problem("memory.offload.gradients", found, expected, "set memory.offload.optimizer to the same")
+    for key in ("optimizer", "parameters"):
+        if getattr(offload, key).device != "nvme":
+            continue
+        path = f"memory.offload.{key}"
+        if stage != 3:
+            expected = "DeepSpeed swaps to a drive at stage 3 only"
+            yield Problem(path, "nvme", expected, "set memory.sharding: parameters, or use cpu")
+        elif key == "parameters" and spec.model.preset is None:
+            expected = "expected a preset: how large the swap buffers must be follows from its sizes"
+            yield Problem(path, "nvme", expected, "use cpu")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON
 from xtrain.models.presets import dimensions
+from xtrain.spec.tree import Offload
 from xtrain.translation import Setting
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage by `memory.sharding`."""
 SMALLEST_BUCKET = 2**22
 """Elements; below it a collective costs its latency, whatever its size."""
+PARAMETER_BUFFERS = 4
 BLOCK = "zero_optimization"
 MODEL = ("model.hidden",)
 
@@ -81,7 +83,7 @@ def zero_settings(spec: Spec, world: int) -> Iterator[Setting]:
     reason = "fixed: DeepSpeed's default replaces torch's linear in the whole process, and changes autocast"
     yield Setting(f"{BLOCK}.memory_efficient_linear", False, (), reason)
     if spec.memory != "auto":
-        yield from _offload(spec, pieces)
+        yield from _offload(spec, pieces, world)
 
 
 def _raised(spec: Spec) -> bool:
@@ -113,18 +115,25 @@ def _gathering(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
     yield Setting(f"{BLOCK}.stage3_gather_16bit_weights_on_model_save", False, (), reason)
 
 
-def _offload(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
-    assert spec.memory != "auto"
-    optimizer, parameters = spec.memory.offload.optimizer, spec.memory.offload.parameters
+def offload_of(spec: Spec) -> Offload:
+    return Offload() if spec.memory == "auto" else spec.memory.offload
+
+
+def _offload(spec: Spec, pieces: Pieces | None, world: int) -> Iterator[Setting]:
+    optimizer, parameters = offload_of(spec).optimizer, offload_of(spec).parameters
     if optimizer.enabled:
         yield from _target(f"{BLOCK}.offload_optimizer", optimizer, "memory.offload.optimizer")
     if optimizer.device == "nvme":
         reason = "fixed: parameter, gradient and Adam's two moments"
         yield Setting(f"{BLOCK}.offload_optimizer.buffer_count", 4, (), reason)
+    if optimizer.device == "nvme" and pieces is not None:
+        share = -(-max(pieces.block, pieces.largest) // world)
+        rule = "one rank's share of a block: a buffer holds a sub-group, by default the whole model"
+        yield Setting(f"{BLOCK}.sub_group_size", share, MODEL, rule)
     if parameters.enabled:
         yield from _target(f"{BLOCK}.offload_param", parameters, "memory.offload.parameters")
     if parameters.device == "nvme" and pieces is not None:
-        yield from _swap_buffers(pieces)
+        yield from _swap_buffers(pieces, world)
     if "nvme" in (optimizer.device, parameters.device):
         yield from _aio()
 
@@ -136,11 +145,11 @@ def _target(block: str, target: OffloadTarget, key: str) -> Iterator[Setting]:
     yield Setting(f"{block}.pin_memory", True, (), "fixed: DeepSpeed's default; copies overlap with compute")
 
 
-def _swap_buffers(pieces: Pieces) -> Iterator[Setting]:
-    block, rule = f"{BLOCK}.offload_param", "the matrices of two blocks, both embeddings, and two to spare"
-    yield Setting(f"{block}.buffer_count", 12, (), rule)
-    rule = "the largest parameter"
-    yield Setting(f"{block}.buffer_size", pieces.largest, (*MODEL, "model.vocab_size"), rule)
+def _swap_buffers(pieces: Pieces, world: int) -> Iterator[Setting]:
+    block, rule = f"{BLOCK}.offload_param", "one for each parameter in use: nothing is read ahead"
+    yield Setting(f"{block}.buffer_count", PARAMETER_BUFFERS, (), rule)
+    share, rule = -(-pieces.largest // world), "one rank's share of the largest parameter"
+    yield Setting(f"{block}.buffer_size", share, (*MODEL, "model.vocab_size"), rule)
     yield Setting(f"{block}.max_in_cpu", 0, (), "fixed: what is asked onto the drive goes there")
 
 

@@ -81,10 +81,14 @@ SET: dict[str, dict[str, Any]] = {
     "memory.checkpointing.selective.ratio": {"memory": {"checkpointing": {"selective": {"ratio": 0.5}}}},
     "memory.checkpointing.selective.ops": {"memory": {"checkpointing": {"selective": {"ops": "cheap"}}}},
     "memory.sharding": {"memory": {"sharding": "gradients"}},
-    "memory.offload.optimizer.device": {"memory": {"offload": {"optimizer": "cpu"}}},
-    "memory.offload.optimizer.path": {"memory": {"offload": {"optimizer": NVME}}},
-    "memory.offload.gradients.device": {"memory": {"offload": {"gradients": "cpu"}}},
-    "memory.offload.gradients.path": {"memory": {"offload": {"gradients": NVME}}},
+    "memory.offload.optimizer.device": {"memory": {**SHARDED, "offload": {"optimizer": "cpu"}}},
+    "memory.offload.optimizer.path": {"memory": {**SHARDED, "offload": {"optimizer": NVME}}},
+    "memory.offload.gradients.device": {
+        "memory": {**SHARDED, "offload": {"optimizer": "cpu", "gradients": "cpu"}}
+    },
+    "memory.offload.gradients.path": {
+        "memory": {**SHARDED, "offload": {"optimizer": NVME, "gradients": NVME}}
+    },
     "memory.offload.parameters.device": {"memory": {**SHARDED, "offload": {"parameters": "cpu"}}},
     "memory.offload.parameters.path": {"memory": {**SHARDED, "offload": {"parameters": NVME}}},
     "memory.offload.activations.device": {"memory": {"offload": {"activations": "cpu"}}},
@@ -176,6 +180,12 @@ HONOURED = {
     "deepspeed": {
         **EVERYWHERE,
         "memory.sharding": "ds_config",
+        "memory.offload.optimizer.device": "ds_config",
+        "memory.offload.optimizer.path": "ds_config",
+        "memory.offload.gradients.device": "ds_config",  # with the optimizer
+        "memory.offload.gradients.path": "ds_config",
+        "memory.offload.parameters.device": "ds_config",
+        "memory.offload.parameters.path": "ds_config",
         "deepspeed": "ds_config",
         "launch.processes": "launcher",
         "manual.devices": "noted",

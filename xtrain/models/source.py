@@ -22,8 +22,9 @@ from xtrain.models.presets import dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from xtrain.models.gpt2 import GPT2
     from xtrain.models.loss import LossChunk
 
 
@@ -73,17 +74,26 @@ class PresetSource:
         self.loss_chunk = _loss_chunk(spec)
 
     def build(self) -> nn.Module:
-        import torch
-
-        from xtrain.models.gpt2 import GPT2
         from xtrain.models.init import initialise
 
-        with torch.device("meta"):  # torch's own initialisation would be thrown away
-            model = GPT2(self.size, self.dropout, self.loss_chunk)
-        model.to_empty(device="cpu")
+        model = self.skeleton().to_empty(device="cpu")
         model.tie()
         initialise(model, self.seed, self.size.layers)
         return model
+
+    def skeleton(self) -> GPT2:
+        """On the meta device: torch's own initialisation would be thrown away."""
+        import torch
+
+        from xtrain.models.gpt2 import GPT2
+
+        with torch.device("meta"):
+            return GPT2(self.size, self.dropout, self.loss_chunk)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        from xtrain.models.init import initial_weight
+
+        return initial_weight(name, shape, self.seed, self.size.layers)
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
