@@ -51,6 +51,15 @@ def test_batch_is_checked_for_the_processes_of_the_job_that_was_joined(
     assert refused(SPEC) == ["error: spec.yaml has 1 problem", f"  3:17: batch.global: found 12, {SHARED}"]
 
 
+def test_a_job_of_another_size_than_the_spec_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("xtrain.run.register", lambda rank: None)
+    assert refused(f"{SPEC}launch: {{processes: 1}}\n") == [
+        "error: launch.processes is 1, but the job that this process joined has 3; start 1, or say --nproc 3"
+    ]
+
+
 def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
     assert refused(f"{SPEC}memory: auto\n", "--backend", "cpu", "--nproc", "2") == [
         "error: spec.yaml, on backend cpu, has 3 problems",

@@ -37,6 +37,7 @@ def run(request: Request) -> int:
                 named = None if request.backend == AUTO else registry.load(request.backend)
                 spec = load_spec(request.spec_path, request.overrides, processes, named)
                 require_installed(spec.log.trackers)
+                _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes
                 choice = _choose(request, spec, world)
             if job is not None or world == 1:
@@ -57,6 +58,17 @@ def _processes(request: Request, job: Job | None) -> int | None:
             f"which has {job.world}; leave --nproc out"
         )
     return job.world
+
+
+def _require_named_world(request: Request, spec: Spec, job: Job | None) -> None:
+    """A job of another size than the spec names is a mistake, unless --nproc says that it is meant."""
+    named = "launch" in spec.model_fields_set and "processes" in spec.launch.model_fields_set
+    if job is None or not named or request.processes is not None or spec.launch.processes == job.world:
+        return
+    raise RequestError(
+        f"launch.processes is {spec.launch.processes}, but the job that this process joined has {job.world}; "
+        f"start {spec.launch.processes}, or say --nproc {job.world}"
+    )
 
 
 def _choose(request: Request, spec: Spec, world: int) -> Choice:

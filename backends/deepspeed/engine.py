@@ -29,13 +29,14 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
+from xtrain.ledger import count_bytes
 
 from . import state
 from .construct import bound_gathering, build
 from .drive import Drive
 from .environment import device_of, require_fp16, start_process_group
+from .holdings import holdings
 from .loss_scaling import DeferredGrowth
-from .memory import categories
 from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
@@ -179,10 +180,10 @@ class DeepSpeedEngine:
         if self.device.type == "cuda":
             live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
             reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
-        return Memory(live, reserved, categories(self.engine, self._shards().flat(), self.device))
+        return Memory(live, reserved, count_bytes(self.holdings()).get(str(self.device), {}))
 
     def holdings(self) -> Holdings:
-        return {}
+        return holdings(self.engine, self._shards().flat())
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return state.state_shapes(self.engine.module)

@@ -28,6 +28,8 @@ class Case:
     spec: Section
     gradient_factors: Mapping[int, float] = field(default_factory=dict)
     """What is wrong with the gradients, by 0-based step; the losses stay right. -1 stands for every step."""
+    loss_factors: Mapping[int, float] = field(default_factory=dict)
+    """What is wrong with the losses, and with the gradients with them."""
     wrong_rank: int | None = None
     """Of which rank; None for all."""
     keep_weights: bool = False
@@ -38,6 +40,7 @@ class Case:
             "backend": self.backend,
             "spec": self.spec,
             "gradient_factors": {str(step): factor for step, factor in self.gradient_factors.items()},
+            "loss_factors": {str(step): factor for step, factor in self.loss_factors.items()},
             "wrong_rank": self.wrong_rank,
             "keep_weights": self.keep_weights,
         }
@@ -45,15 +48,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Lane:
-    """A way to run a spec: a backend, its sharding, and how many processes."""
+    """A way to run a spec: a backend, its sharding, how many processes, and what is offloaded to the CPU."""
 
     backend: str
     sharding: str = "none"
     world: int = 1
+    offload: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         stage = f"-zero{SHARDING.index(self.sharding)}" if self.backend == "deepspeed" else ""
-        return f"{self.backend}{stage}-x{self.world}"
+        return f"{self.backend}{stage}{''.join(f'-{what}' for what in self.offload)}-x{self.world}"
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ class Training:
     stability: Section | None = None
     eval_every: int = 0
     gradient_factors: Mapping[int, float] = field(default_factory=dict)
+    loss_factors: Mapping[int, float] = field(default_factory=dict)
     wrong_rank: int | None = None
     keep_weights: bool = False
+    loss_chunk: int | str = "auto"
 
     def on(self, lane: Lane) -> Case:
         spec = {
@@ -87,11 +93,21 @@ class Training:
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "precision": self.precision,
-            "memory": {"sharding": lane.sharding},
+            "memory": {
+                "sharding": lane.sharding,
+                "offload": dict.fromkeys(lane.offload, "cpu"),
+                "loss_chunk": self.loss_chunk,
+            },
         }
         wrong_rank = None if self.wrong_rank is None else self.wrong_rank % lane.world
         return Case(
-            f"{self.name}@{lane}", lane.backend, spec, self.gradient_factors, wrong_rank, self.keep_weights
+            f"{self.name}@{lane}",
+            lane.backend,
+            spec,
+            self.gradient_factors,
+            self.loss_factors,
+            wrong_rank,
+            self.keep_weights,
         )
 
 
@@ -135,5 +151,13 @@ PLANTED_NAN = Training(
 PLANTED_SPIKE = Training(
     "planted-spike", stability={"grad_norm": 100.0}, gradient_factors={4: 1e4, 12: 1e4}, wrong_rank=-1
 )
+PLANTED_LOSS = Training(
+    "planted-loss-spike",
+    stability={"loss_spike": 2.0, "window": 3},
+    loss_factors={6: 9.0, 13: 9.0},
+    wrong_rank=-1,
+)
+"""On one rank of two the mean is 5 times what it was."""
+CHUNKED = Training("chunked", SGD_UNCLIPPED, clip=None, loss_chunk=8)
 EVALUATED = Training("evaluated", eval_every=5)
 BF16_UNCLIPPED = Training("bf16-unclipped", SGD_UNCLIPPED, clip=None, precision="bf16")

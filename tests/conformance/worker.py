@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,20 @@ class Collector:
 
 
 class WrongGradients:
-    """A model source whose gradients are wrong in a planned way while its losses are right."""
+    """A model source whose gradients, or losses and gradients, are wrong in a planned way."""
 
-    def __init__(self, source: ModelSource, factors: dict[int, float], passes_per_step: int) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        factors: dict[int, float],
+        passes_per_step: int,
+        loss_factors: Mapping[int, float] | None = None,
+    ) -> None:
         self.source = source
         self.description = source.description
         self.factors = factors
         self.passes_per_step = passes_per_step
+        self.loss_factors = loss_factors or {}
 
     def build(self) -> Any:
         import torch
@@ -64,7 +72,8 @@ class WrongGradients:
         def forward(tokens: torch.Tensor, targets: torch.Tensor) -> Any:
             step = next(passes) // self.passes_per_step
             factor = self.factors.get(step, self.factors.get(-1, 1.0))
-            return Scaled.apply(plain(tokens, targets), factor)  # type: ignore[no-untyped-call]
+            loss = plain(tokens, targets) * self.loss_factors.get(step, 1.0)
+            return Scaled.apply(loss, factor)  # type: ignore[no-untyped-call]
 
         model.forward = forward
         return model
@@ -78,9 +87,11 @@ def run_case(case: dict[str, Any], job: Job, out: Path) -> dict[str, Any]:
     spec = Spec.model_validate(case["spec"])
     data = open_data(spec, show_progress=False)
     source: ModelSource = model_source(spec, data.vocab_size)
-    if case["gradient_factors"] and case["wrong_rank"] in (None, job.rank):
-        factors = {int(step): factor for step, factor in case["gradient_factors"].items()}
-        source = WrongGradients(source, factors, spec.accumulation(job.world))
+    if case["gradient_factors"] or case["loss_factors"]:
+        here = case["wrong_rank"] in (None, job.rank)  # the others take the same way, with nothing wrong
+        planned = [case[kind] if here else {} for kind in ("gradient_factors", "loss_factors")]
+        gradients, losses = ({int(step): factor for step, factor in factors.items()} for factors in planned)
+        source = WrongGradients(source, gradients, spec.accumulation(job.world), losses)
     backend = registry.load(case["backend"])
     problems = backend.problems(spec, job.world)
     if problems:

@@ -1,0 +1,127 @@
+"""Counts what stage 3 holds on one rank: while it is built, loaded, and trained.
+
+    python tests/backends/partitioned_worker.py OUT.json
+
+under torch.distributed.run with two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtrain import registry
+from xtrain.contract import Job, StateKind, StepInput
+from xtrain.data import open_data
+from xtrain.ledger import Ledger
+from xtrain.models.source import model_source
+from xtrain.spec.tree import Spec
+from xtrain.trace import NullTrace
+
+STEPS = 4
+GATHER_ALL = {
+    "zero_optimization": {
+        "stage3_max_live_parameters": 10**9,
+        "stage3_max_reuse_distance": 10**9,
+        "stage3_prefetch_bucket_size": 5 * 10**7,
+    }
+}
+"""DeepSpeed's own defaults."""
+
+
+def make_spec(overrides: dict[str, Any] | None = None) -> Spec:
+    return Spec.model_validate(
+        {
+            "model": {"preset": "gpt2-nano", "layers": 8, "hidden": 128, "heads": 4, "positions": 64},
+            "data": {"source": "synthetic", "seq_len": 16, "tokens": 20_000},
+            "batch": {"global": 4, "micro": 1},
+            "train": {"steps": STEPS},
+            "optimizer": {"lr": 1e-3},
+            "memory": {"sharding": "parameters"},
+            "deepspeed": overrides,
+        }
+    )
+
+
+class OneByOne:
+    """A reader that makes every tensor when it is asked for."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
+        return torch.full(self.shapes[name], 0.01) if kind == "weight" else None
+
+
+def peak_bytes(ledger: Ledger) -> int:
+    return sum(ledger.peaks["cpu"].values())  # tensors on meta have a size and no memory
+
+
+def construct(spec: Spec, job: Job, vocabulary: int) -> dict[str, int]:
+    """The most bytes alive while the model is cut up, and what is left of it."""
+    from backends.deepspeed.construct import build
+
+    backend = registry.load("deepspeed")
+    config: Any = backend.resolve(spec, job.world).settings["ds_config"]
+    ledger = Ledger(dict)
+    with ledger.open():
+        built = build(model_source(spec, vocabulary), config, 3)
+    pieces: list[torch.Tensor] = [p.ds_tensor for p in built.model.parameters()]  # type: ignore[attr-defined]
+    return {"peak": peak_bytes(ledger), "kept": sum(t.numel() * t.element_size() for t in pieces)}
+
+
+def train(spec: Spec, job: Job) -> dict[str, Any]:
+    """Elements gathered at once in each step, sampled around every module and at every gradient."""
+    from backends.deepspeed.construct import gathered_elements
+
+    data = open_data(spec, show_progress=False)
+    backend = registry.load("deepspeed")
+    resolved = backend.resolve(spec, job.world)
+    config: Any = resolved.settings["ds_config"]
+    engine: Any = backend.start(resolved, model_source(spec, data.vocab_size), job)
+    model, gathered = engine.engine.module, [0] * STEPS
+
+    def sample(*ignored: Any) -> None:
+        gathered[step] = max(gathered[step], gathered_elements(model))
+
+    for module in model.modules():
+        module.register_forward_pre_hook(sample)
+        module.register_forward_hook(sample)
+    for parameter in model.parameters():
+        parameter.register_hook(sample)
+    for step in range(STEPS):
+        batches = data.micro_batches(step, engine.data_rank, engine.data_size)
+        engine.train_step(StepInput(step, batches, 1e-3, data.target_tokens(step)), None, NullTrace())
+    before, ledger = engine.memory().categories, Ledger(engine.holdings)
+    shapes = dict(engine.state_shapes())
+    with ledger.open():
+        engine.import_state(OneByOne(shapes))
+    found = {
+        "gathered": gathered,
+        "parameters": engine.parameter_count,
+        "allowed": config["zero_optimization"]["stage3_max_live_parameters"],
+        "categories": before,
+        "import_peak": peak_bytes(ledger),
+    }
+    engine.close()
+    return found
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = Job(rank, rank, world, world)
+    report = {"trained": train(make_spec(), job), "unbounded": train(make_spec(GATHER_ALL), job)}
+    report["constructed"] = construct(make_spec(), job, 257)
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
