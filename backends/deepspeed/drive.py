@@ -1,4 +1,4 @@
-"""A drive as memory (ZeRO-Infinity): what it needs, and a folder of this process's own on it."""
+"""A drive as memory (ZeRO-Infinity): a folder of this process's own on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class Drive:
         for block, key in TARGETS.items():
             target = self.config["zero_optimization"].get(block, {})
             if target.get("device") == "nvme":
-                self._require_library()
                 target["nvme_path"] = self._own_folder(target["nvme_path"], f"memory.offload.{key}.path")
 
     def close(self) -> None:
@@ -42,13 +41,3 @@ class Drive:
             ) from error
         self._folders.append(folder)
         return folder.name
-
-    @staticmethod
-    def _require_library() -> None:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise RequestError(
-                "memory.offload on nvme: DeepSpeed writes to a drive through libaio, whose headers are not "
-                "installed; install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), or use cpu"
-            )

@@ -32,6 +32,7 @@ MAPPING: dict[str, Row] = {
             f"{ZERO}.stage3_max_live_parameters",
             f"{ZERO}.stage3_max_reuse_distance",
             f"{ZERO}.offload_param.buffer_size",
+            f"{ZERO}.sub_group_size",
         ),
         "one layer at a time, as it stands in the model",
     ),
