@@ -144,6 +144,10 @@ class Partitioned(Shards):
                     self.optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor))
 
     def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+        if self.engine.world_size == 1 and not self.zero.swap_optimizer:
+            # The piece is the whole: gathering it would be two copies of it.
+            piece: torch.Tensor = self.zero._get_fp32_opt_state_partition(parameter, True, key)[0]
+            return piece[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
         full: torch.Tensor = self.zero.get_full_hp_param(parameter, key)
         return full
 
@@ -193,7 +197,7 @@ def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iter
     """Every tensor of the state, one at a time, on the rank that owns it."""
 
     def tensor(name: str, kind: StateKind, full: torch.Tensor) -> StateTensor:
-        return StateTensor(name, kind, _copy(full) if owner(name) == rank else None)
+        return StateTensor(name, kind, _on_host(full) if owner(name) == rank else None)
 
     shards.link()
     keys = shards.moments()
@@ -257,5 +261,6 @@ def _set_frozen(parameter: nn.Parameter, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is fp32 on the CPU already: whoever keeps it longer copies it."""
+    return tensor.detach().to("cpu", torch.float32)

@@ -1,0 +1,167 @@
+"""How long training stands still for a save, beside a plain `torch.save` of the same state.
+
+    python -m benchmarks.checkpoint_pause [--out FOLDER] [--lanes cpu,zero3x2] [--saves 4]
+
+Each lane is a fresh job. Its engine takes two updates, so that there are moments; then it saves in the
+background as `xtrain run` does. The pause is the time inside Checkpointer.save, from a barrier to this rank's
+return; between saves the writing is waited for, outside the clock. The first save makes the buffers and is
+told apart. torch.save writes what this rank writes, into the same folder, without fsync; the two take turns.
+Medians over saves; the most over ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from xtrain import registry
+from xtrain.checkpoints.manager import Checkpointer
+from xtrain.checkpoints.shares import share_out
+from xtrain.contract import Engine, Job, StepInput
+from xtrain.data import open_data
+from xtrain.machine import resident_bytes
+from xtrain.models.source import model_source
+from xtrain.spec.tree import Spec
+from xtrain.trace import NullTrace
+
+SHARDING = ("none", "optimizer", "gradients", "parameters")
+LANES = {"cpu": ("cpu", 0, 1)} | {
+    f"zero{stage}x{world}": ("deepspeed", stage, world) for world in (1, 2) for stage in range(4)
+}
+MIB = 1 << 20
+
+
+def spec_of(stage: int) -> Spec:
+    return Spec.model_validate(
+        {
+            "model": {"preset": "gpt2-nano", "layers": 6, "hidden": 512, "heads": 8},
+            "data": {"source": "synthetic", "seq_len": 16, "tokens": 20_000},
+            "batch": {"global": 2, "micro": 1},
+            "train": {"steps": 10},
+            "optimizer": {"name": "adamw", "lr": 1e-4},
+            "checkpoint": {"background": True, "keep": 1},
+            "memory": {"sharding": SHARDING[stage]},
+        }
+    )
+
+
+def measure(lane: str, folder: Path, saves: int) -> dict[str, Any]:
+    """Seconds and bytes of this rank."""
+    name, stage, world = LANES[lane]
+    rank = int(os.environ.get("RANK", "0"))
+    job = Job(rank, rank, world, world)
+    spec = spec_of(stage)
+    data = open_data(spec, show_progress=False)
+    backend = registry.load(name)
+    resolved = backend.resolve(spec, world)
+    engine = backend.start(resolved, model_source(spec, data.vocab_size), job)
+    for step in range(2):
+        batches = data.micro_batches(step, engine.data_rank, engine.data_size)
+        engine.train_step(StepInput(step, batches, 1e-4, data.target_tokens(step)), None, NullTrace())
+    own = folder if rank == 0 else None
+    checkpointer = Checkpointer(
+        spec.checkpoint,
+        resolved,
+        "",
+        None,
+        own,
+        lambda text: print(text, file=sys.stderr),
+        lambda: None,
+        rank,
+    )
+    before = resident_bytes().bytes
+    pauses = [pause(engine, checkpointer, 1)]
+    extra = resident_bytes().bytes - before
+    plain = []
+    for step in range(2, saves + 2):
+        pauses.append(pause(engine, checkpointer, step))
+        plain.append(plain_save(engine, world, rank, folder))
+    checkpointer.close()
+    engine.close()
+    return {
+        "first_seconds": pauses[0],
+        "pause_seconds": pauses[1:],
+        "torch_save_seconds": plain,
+        "share_bytes": checkpointer.buffers.bytes,
+        "extra_resident_bytes": extra,
+    }
+
+
+def pause(engine: Engine, checkpointer: Checkpointer, step: int) -> float:
+    engine.gather(None)
+    started = time.perf_counter()
+    checkpointer.save(engine, step, last=False)
+    seconds = time.perf_counter() - started
+    writing = checkpointer.writing
+    assert writing is not None
+    writing.join()
+    if writing.problem:
+        raise SystemExit(writing.problem)
+    return seconds
+
+
+def plain_save(engine: Engine, world: int, rank: int, folder: Path) -> float:
+    """The export is not in the time: only the writing is compared."""
+    import torch
+
+    shards = share_out(engine.state_shapes(), world)
+    owners = {name: shard.rank for shard in shards for name in shard.shapes}
+    state = {
+        (t.name, t.kind): t.value for t in engine.export_state(owners.__getitem__) if t.value is not None
+    }
+    engine.gather(None)
+    started = time.perf_counter()
+    torch.save(state, folder / f"plain-{rank}.pt")
+    return time.perf_counter() - started
+
+
+def run_lane(lane: str, saves: int) -> dict[str, Any]:
+    """A fresh job; the most over its ranks."""
+    world = LANES[lane][2]
+    with tempfile.TemporaryDirectory(prefix="pause-", dir=os.environ.get("XTRAIN_BENCH_FOLDER")) as name:
+        module = ["-m", "benchmarks.checkpoint_pause", "--worker", lane, "--out", name, "--saves", str(saves)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        command = [sys.executable, "-W", "ignore", *(launcher if world > 1 else []), *module]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(name).glob("rank-*.json"))]
+    found = {
+        "lane": lane,
+        "share_mib": max(r["share_bytes"] for r in ranks) / MIB,
+        "extra_mib": max(r["extra_resident_bytes"] for r in ranks) / MIB,
+        "first_s": max(r["first_seconds"] for r in ranks),
+        "pause_s": max(statistics.median(r["pause_seconds"]) for r in ranks),
+        "torch_save_s": max(statistics.median(r["torch_save_seconds"]) for r in ranks),
+    }
+    return {**found, "ratio": found["pause_s"] / found["torch_save_s"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--lanes", default=",".join(LANES))
+    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--worker")
+    options = parser.parse_args()
+    if options.worker:
+        found = measure(options.worker, options.out, options.saves)
+        (options.out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+        return
+    from tabulate import tabulate
+
+    rows = [run_lane(lane, options.saves) for lane in options.lanes.split(",")]
+    print(tabulate(rows, headers="keys", floatfmt=".3f", tablefmt="github"))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "checkpoint_pause.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
