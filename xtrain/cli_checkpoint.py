@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -93,3 +94,29 @@ def prune(path: Path, keep: int, aside: bool, as_json: bool) -> None:
     for one in gone:
         click.echo(f"deleted {one}")
     click.echo(f"{len(gone)} deleted")
+
+
+@checkpoint.command()
+@PATH
+@click.option("--to", "form", type=click.Choice(["safetensors", "hf"]), required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make; must be new.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@JSON
+def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
+    """Write the weights at PATH for other programs: one merged file, or a folder that Hugging Face loads.
+
+    With --to hf the written model is loaded by the library and must compute what ours does.
+    """
+    from xtrain.checkpoints.export import export as write
+    from xtrain.checkpoints.inventory import newest
+    from xtrain.summary import format_bytes
+
+    found = newest(path)
+    written = write(found, form, dtype, out)
+    if as_json:
+        facts = {"path": str(written.path), "bytes": written.bytes, "difference": written.difference}
+        click.echo(json.dumps({**facts, "step": found.step}, indent=2))
+        return
+    click.echo(f"wrote step {found.step} to {written.path}: {format_bytes(written.bytes)}, {dtype}")
+    if written.difference is not None:
+        click.echo(f"loaded by transformers: outputs within {written.difference:.1e} of ours")

@@ -197,6 +197,11 @@ class Reader:
         place = self._index(kind).get(key)
         return None if place is None else tuple(self._slice(place, key).get_shape())
 
+    def dtype(self, name: str, kind: StateKind) -> str:
+        """As the format names it, of a tensor that is there."""
+        key = key_of(name, kind)
+        return str(self._slice(self._index(kind)[key], key).get_dtype())
+
     def check_files(self) -> None:
         """Raise Damaged unless every tensor of the indexes is where they say."""
         for index in (self._weights, self._moments):
