@@ -64,10 +64,11 @@ METHOD = """\
 Each row is `xtrain run` for 3 updates in a fresh process: GPT-2 of 6 layers x 384, vocabulary 8,192
 (14 million parameters), context 512, AdamW; fp32 and loss_chunk auto where the row says nothing else.
 The categories are counted storage by storage in the second update, at its fullest moment
-(`xtrain/ledger.py`): where activations weigh most that is the end of the forward pass, when few of the
-gradients exist. *own count* is the growth of the largest resident set since the model was built
-(MALLOC_MMAP_THRESHOLD_=131072), or the device's peak counter where it has one; it includes what
-kernels use inside and, on the CPU, the data and what building the model took.
+(`xtrain/ledger.py`): where activations weigh most that is the end of the forward pass, when no gradient
+exists yet; after the backward pass they are as many bytes as the parameters. *own count* is the growth of
+the largest resident set since the model was built (MALLOC_MMAP_THRESHOLD_=131072), or the device's
+peak counter where it has one; it includes what kernels use inside and, on the CPU, the data and what
+building the model took.
 """
 
 
@@ -161,7 +162,9 @@ def main() -> None:
     day = datetime.now(UTC).date().isoformat()
     limited = f", {arguments.limit_mib} MiB allowed" if arguments.limit_mib else ""
     stem = f"memory-{day}-{arguments.backend}" + (f"-{arguments.limit_mib}mib" if arguments.limit_mib else "")
-    found = {"command": sys.argv, "environment": environment(), "rows": [asdict(row) for row in rows]}
+    words = f"--backend {arguments.backend}" + (f" --limit-mib {arguments.limit_mib}" if limit_bytes else "")
+    command = f"python -m benchmarks.memory_experiment {words}"
+    found = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}
     (arguments.out / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     text = page(rows, f"The memory experiment on {arguments.backend}{limited}, {day}")
     (arguments.out / f"{stem}.md").write_text(text)
