@@ -128,19 +128,23 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parse_arguments(program: str, **defaults: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--engines", nargs="+", default=["cpu", "deepspeed:0", "deepspeed:2", "deepspeed:3"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5, help="xtrain runs per case")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(program: str = "overhead", **defaults: object) -> int:
+    """Measure, and write PROGRAM-DATE.json and .md; `defaults` are for the command line's options."""
+    arguments = parse_arguments(program, **defaults)
     cases = [
         Case(engine, precision, size)
         for engine in arguments.engines
@@ -148,14 +152,14 @@ def main() -> int:
         for size in arguments.sizes
     ]
     date = datetime.now(UTC).date().isoformat()
-    command = f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".rstrip()
+    command = f"python -m benchmarks.{program} {' '.join(sys.argv[1:])}".rstrip()
     header = {"date": date, "command": command, "threads": arguments.threads, "rounds": arguments.rounds}
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[CaseResult] = []
     for result in measure(cases, arguments.rounds, arguments.threads):
         results.append(result)  # written case by case: a run that is broken off leaves what it has
         report = {**header, "environment": environment(), "cases": [r.as_json() for r in results]}
-        path = arguments.out / f"overhead-{date}.json"
+        path = arguments.out / f"{program}-{date}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(report, results))
     say(f"written: {path} and {path.with_suffix('.md').name}")

@@ -29,7 +29,14 @@ TOLERANCE = 1e-5
 CPU = Lane("cpu")
 ALONE = [CPU, *(Lane("deepspeed", sharding) for sharding in SHARDING)]
 TOGETHER = [Lane("deepspeed", sharding, world=2) for sharding in SHARDING]
-LANES = ALONE + TOGETHER
+HOST = ("optimizer", "gradients")
+OFFLOADED = [
+    Lane("deepspeed", SHARDING[2], 1, HOST),
+    Lane("deepspeed", SHARDING[3], 1, (*HOST, "parameters")),
+    Lane("deepspeed", SHARDING[1], 2, HOST),
+    Lane("deepspeed", SHARDING[3], 2, (*HOST, "parameters")),
+]
+LANES = ALONE + TOGETHER + OFFLOADED
 MIDDLE = 9
 """Updates before the stop: not a multiple of the logging window, past the warm-up."""
 MOVES = (7, 13)
@@ -55,6 +62,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         alone = [leg for lane in ALONE for training in (ADAMW, SGD) for leg in self.halves(training, lane)]
+        alone += [
+            leg for lane in OFFLOADED[:2] for training in (ADAMW, SGD) for leg in self.halves(training, lane)
+        ]
         alone += self.halves(FORGOTTEN, CPU, drop_moments=True)
         alone += [leg for lane in SCALED_LANES if lane.world == 1 for leg in self.scaled(lane)]
         alone += [self.leg(ADAMW, CPU, MOVES[0], "moved", "moved-1")]
@@ -62,7 +72,10 @@ class Runs:
         alone += [self.leg(FROZEN, CPU, 2, str(lane), f"frozen-1@{lane}") for lane in FROZEN_LANES]
         alone += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 1]
         together = [
-            leg for lane in TOGETHER for training in (ADAMW, SGD) for leg in self.halves(training, lane)
+            leg
+            for lane in (*TOGETHER, *OFFLOADED[2:])
+            for training in (ADAMW, SGD)
+            for leg in self.halves(training, lane)
         ]
         together += [leg for lane in SCALED_LANES if lane.world == 2 for leg in self.scaled(lane)]
         together += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 2]
