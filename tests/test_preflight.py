@@ -89,6 +89,6 @@ def test_another_spec_is_refused_by_all_and_its_host_is_named() -> None:
 @pytest.mark.slow
 def test_one_that_fails_before_is_told_to_those_that_wait_for_it() -> None:
     assert arrived("fails") == [
-        "1: rank 1 on host-1 did not begin: no such file",
+        "2: rank 1 on host-1 did not begin: no such file",
         "2: no such file",
     ]

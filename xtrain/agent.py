@@ -1,4 +1,4 @@
-"""`python -m xtrain.agent LIFELINE PROCESSES MODULE ARGUMENTS`: torch.distributed.run, quiet and hasty.
+"""`python -m xtrain.agent LIFELINE ORDER MODULE ARGUMENTS`: torch.distributed.run, quiet and hasty.
 
 Quiet: what a worker says reaches people, torchrun's own report does not; the launcher tells what failed.
 Hasty: when one worker has failed the others get seconds to end, not half a minute.
@@ -10,20 +10,28 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from xtrain.errors import EXIT_DONE, EXIT_FAILED
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
+from xtrain.request import Hosts
 from xtrain.supervise import AGENT, children, is_alive, kill_groups, watch_lifeline
 from xtrain.worker import FOLDER, ending, process_ids, said_at
 
 AGENT_ENDING = "agent.json"
+STOPPING = "stopping"
+"""Left by the launcher when it was told to end the run: then nobody is started again."""
+LOST = "{} does not answer: the host that all others meet at is lost"
+ANSWER_SECONDS = 5.0
+LINGER_SECONDS = 8.0
 DEFAULTS = "PET_"
 """torchrun takes defaults for its options from variables that begin so: another job's, here."""
 GRACE_SECONDS = 5.0
@@ -35,15 +43,53 @@ CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How torchrun ends the others, and how libraries end a process whose peer is gone."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """What the agent of one host is to start."""
+
+    processes: int
+    """On this host."""
+    max_restarts: int = 0
+    hosts: Hosts | None = None
+    """Its place among several hosts."""
+
+    @classmethod
+    def parse(cls, text: str) -> Order:
+        read = json.loads(text)
+        return cls(read["processes"], read["max_restarts"], Hosts(**read["hosts"]) if read["hosts"] else None)
+
+    def json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def options(self, folder: Path) -> list[str]:
+        """For torchrun."""
+        # Two signals are handled here.
+        options = ["--nproc-per-node", str(self.processes), "--signals-to-handle", "SIGHUP,SIGQUIT"]
+        options += ["--max-restarts", str(self.max_restarts), "--log-dir", str(folder / "torchrun")]
+        if self.hosts is None:
+            # Loopback: a laptop's own name often does not resolve.
+            return [*options, "--standalone", "--nnodes", "1", "--local-addr", "127.0.0.1"]
+        options += ["--nnodes", str(self.hosts.count), "--rdzv-backend", "c10d"]
+        options += ["--rdzv-endpoint", self.hosts.meet, "--rdzv-id", self.hosts.start_id]
+        if self.hosts.address:
+            options += [
+                "--rdzv-conf",
+                f"is_host={int(self.hosts.serves)}",
+                "--local-addr",
+                self.hosts.address,
+            ]
+        return options
+
+
 def main() -> int:
-    """Returns 0 when all workers did; else leaves {rank, exitcode} of the first that failed."""
-    lifeline, processes, *command = sys.argv[1:]
+    """Returns 0 when all workers did; else leaves word of the first that failed, or of the host lost."""
+    lifeline, order, *command = sys.argv[1:]
     folder = Path(os.environ[FOLDER])
     watch_lifeline(int(lifeline), folder)
     os.environ[AGENT] = str(os.getpid())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_to_launcher)
-    return _run(processes, command, folder)
+    return _run(Order.parse(order), command, folder)
 
 
 def _leave_to_launcher(number: int, frame: object) -> None:
@@ -53,29 +99,53 @@ def _leave_to_launcher(number: int, frame: object) -> None:
     """
 
 
-def _run(processes: str, command: list[str], folder: Path) -> int:
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+def _run(order: Order, command: list[str], folder: Path) -> int:
     for name in [name for name in os.environ if name.startswith(DEFAULTS)]:
         del os.environ[name]
+    # Else the workers of a restart meet in a store that still has the addresses of those that died.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
     logging.disable(logging.ERROR)
-    options = ["--standalone", "--nnodes", "1", "--nproc-per-node", processes, "--max-restarts", "0"]
-    # Loopback: a laptop's own name often does not resolve. Two signals are handled above.
-    options += ["--local-addr", "127.0.0.1", "--signals-to-handle", "SIGHUP,SIGQUIT"]
-    options += ["--log-dir", str(folder / "torchrun")]
-    haste = Haste(folder)
+    hosts = order.hosts
+    haste = Haste(folder, order.max_restarts)
     haste.start()
     try:
-        torchrun = run.parse_args([*options, "-m", "xtrain.worker"])
+        torchrun = run.parse_args([*order.options(folder), "-m", "xtrain.worker"])
         torchrun.training_script_args = command  # unread: it would take a worker's --nproc for its own
         run.run(torchrun)
     except ChildFailedError as failed:
+        if hosts and not hosts.serves and not _answers(hosts.meet):
+            return _leave(folder, lost=LOST.format(hosts.meet))
         exit_codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         rank = first_failure(folder, exit_codes, haste.ended)
-        (folder / AGENT_ENDING).write_text(json.dumps({"rank": rank, "exitcode": exit_codes[rank]}))
-        return EXIT_FAILED
-    return EXIT_DONE
+        _leave(folder, rank=rank, exitcode=exit_codes[rank])
+        if hosts and hosts.serves:
+            time.sleep(LINGER_SECONDS)  # the others are to see that this host failed, and is not lost
+    except RendezvousClosedError:
+        return _leave(folder, failed="the run failed on another host, which says why")
+    except RendezvousError as error:
+        where = hosts.meet if hosts else "this host"
+        return _leave(folder, lost=f"{LOST.format(where)} ({type(error).__name__})")
+    else:
+        return EXIT_DONE
+    return EXIT_FAILED
+
+
+def _leave(folder: Path, **word: object) -> int:
+    (folder / AGENT_ENDING).write_text(json.dumps(word))
+    return EXIT_FAILED
+
+
+def _answers(meet: str) -> bool:
+    host, _, port = meet.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def first_failure(folder: Path, exit_codes: Mapping[int, int], ended_by_us: Collection[int]) -> int:
@@ -94,31 +164,54 @@ def first_failure(folder: Path, exit_codes: Mapping[int, int], ended_by_us: Coll
 class Haste(threading.Thread):
     """Ends the workers that are still there GRACE_SECONDS after the first has failed.
 
-    torchrun asks with SIGTERM, which a worker that waits for a dead peer cannot obey.
+    torchrun asks with SIGTERM, which a worker that waits for a dead peer cannot obey. With restarts that
+    happens again; what would fail again in the same way, or was asked to end, is not restarted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_restarts: int) -> None:
         super().__init__(name="haste", daemon=True)
         self.ended: set[int] = set()
         """Ranks."""
         self._folder = folder
+        self._restarts_left = max_restarts
+        self._past: set[int] = set()
+        """Processes of attempts that failed."""
 
     def run(self) -> None:
-        while not self._one_failed():
-            time.sleep(LOOK_SECONDS)
+        while True:
+            while (failed := self._failed()) is None:
+                time.sleep(LOOK_SECONDS)
+            self._end_attempt(failed)
+
+    def _end_attempt(self, failed: int) -> None:
+        processes, workers = process_ids(self._folder), children(os.getpid())
+        word = ending(self._folder, failed)
+        restarts = self._restarts_left > 0
+        if restarts and ((self._folder / STOPPING).exists() or (word and word.code == EXIT_REQUEST)):
+            _leave(self._folder, rank=failed, exitcode=word.code if word else -signal.SIGTERM)
+            kill_groups(workers)
+            os._exit(EXIT_FAILED)
+        if restarts:
+            reason = word.message.splitlines()[-1] if word and word.message else "it died without a word"
+            print(f"note: rank {failed} failed: {reason}; {_restarts(self._restarts_left)}", file=sys.stderr)
         time.sleep(GRACE_SECONDS)
-        processes = process_ids(self._folder)
         _wake(processes.values())
         self.ended = {rank for rank, process in processes.items() if is_alive(process)}
-        kill_groups(children(os.getpid()))
+        kill_groups(worker for worker in workers if is_alive(worker))
+        self._past |= set(processes.values())
+        self._restarts_left -= 1
 
-    def _one_failed(self) -> bool:
-        """It said so, on its way out or stuck there, or it is gone without a word."""
+    def _failed(self) -> int | None:
+        """A rank that said so, on its way out or stuck there, or is gone without a word."""
         for rank, process in process_ids(self._folder).items():
             word = ending(self._folder, rank)
-            if not (word.orderly if word else is_alive(process)):
-                return True
-        return False
+            if process not in self._past and not (word.orderly if word else is_alive(process)):
+                return rank
+        return None
+
+
+def _restarts(left: int) -> str:
+    return f"all start again from the last checkpoint ({left} restart{'s'[: left != 1]} left)"
 
 
 def _wake(processes: Iterable[int]) -> None:

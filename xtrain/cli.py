@@ -24,6 +24,12 @@ SPEC = click.argument("spec", type=click.Path(path_type=Path))
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=YAML", help="Override one key, e.g. train.steps=20."
 )
+RESTARTS = click.option(
+    "--max-restarts",
+    type=click.IntRange(0, 1000),
+    default=0,
+    help="How often a run goes on by itself, from its last checkpoint, after a process has died.",
+)
 BACKEND = click.option("--backend", default="auto", show_default=True, help="See `xtrain backends`.")
 
 
@@ -66,6 +72,11 @@ def main() -> None:
 )
 @click.option("--allow-changed", is_flag=True, help="Resume although the spec describes another training.")
 @click.option("--stop-after", type=click.IntRange(min=1), help="Stop, saved, after this many updates in all.")
+@RESTARTS
+@click.option("--nodes", type=click.IntRange(min=1), help="Hosts; `xtrain launch` writes these four.")
+@click.option("--meet", metavar="HOST:PORT", help="Where the hosts meet.")
+@click.option("--id", "start_id", metavar="WORD", help="The same on all hosts, new for every start.")
+@click.option("--address", help="This host's, as the others reach it.")
 def run(
     spec: Path,
     backend: str,
@@ -75,16 +86,25 @@ def run(
     resume: Path | None,
     allow_changed: bool,
     stop_after: int | None,
+    max_restarts: int,
+    nodes: int | None,
+    meet: str | None,
+    start_id: str | None,
+    address: str | None,
 ) -> None:
     """Train SPEC, here or on the processes it asks for.
 
     Exits with 0 when done or stopped as asked, 1 when it failed, 2 when the request was wrong, 75 when it was
     interrupted, saved and can be resumed.
     """
-    from xtrain.request import Request
+    from xtrain.request import Request, hosts_of
     from xtrain.run import run as train
 
-    raise SystemExit(train(Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after)))
+    hosts = hosts_of(nodes, meet, start_id, address)
+    request = Request(
+        spec, backend, out, nproc, overrides, resume, allow_changed, stop_after, max_restarts, hosts
+    )
+    raise SystemExit(train(request))
 
 
 @main.command()

@@ -17,11 +17,12 @@ from types import FrameType
 
 import psutil
 
-from xtrain.agent import AGENT_ENDING
+from xtrain.agent import AGENT_ENDING, STOPPING, Order
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestError
+from xtrain.request import Hosts
 from xtrain.signals import exit_code, too_early
 from xtrain.supervise import children, kill_groups
-from xtrain.worker import FOLDER, ending, process_ids
+from xtrain.worker import FOLDER, ending, endings, process_ids
 
 SIGNALLED = 128
 PROCESSES_PER_CORE = 4
@@ -43,9 +44,17 @@ class Ended:
 
 
 def start_workers(
-    arguments: Sequence[str], processes: int, environ: Mapping[str, str], module: str = "xtrain"
+    arguments: Sequence[str],
+    processes: int,
+    environ: Mapping[str, str],
+    module: str = "xtrain",
+    max_restarts: int = 0,
+    hosts: Hosts | None = None,
 ) -> Ended:
     """Run `python -m MODULE ARGUMENTS` in `processes` processes that form one job; wait for all.
+
+    With `hosts` they are this host's share of a job, and other hosts start the others. After a worker has
+    died all are started again, at most `max_restarts` times.
 
     Ctrl-C and SIGTERM are passed on once to the workers, which finish their step and save; a second
     Ctrl-C ends them where they stand. Workers do not outlive this process, however it ends. Raises
@@ -53,8 +62,9 @@ def start_workers(
     """
     _check(processes)
     with tempfile.TemporaryDirectory(prefix="xtrain-", ignore_cleanup_errors=True) as name:
-        command = [str(processes), module, *arguments]
-        launch = Launch(Path(name), command, {**environ, **_threads(environ, processes), FOLDER: name})
+        environ = {**environ, **_threads(environ, processes), FOLDER: name}
+        order = Order(processes, max_restarts, hosts)
+        launch = Launch(Path(name), order, [module, *arguments], environ)
         with launch.supervised():
             launch.agent.wait()
         return launch.verdict()
@@ -92,14 +102,17 @@ def _threads(environ: Mapping[str, str], processes: int) -> dict[str, str]:
 class Launch:
     """The agent, its workers, and what was asked of them meanwhile."""
 
-    def __init__(self, folder: Path, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, order: Order, command: Sequence[str], environ: Mapping[str, str]
+    ) -> None:
         self._folder = folder
-        self._processes = int(command[0])
+        self._processes = order.processes
+        self._world = order.processes * (order.hosts.count if order.hosts else 1)
         self._asked: signal.Signals | None = None
         self._left_at_once = False
         agents_end, self._lifeline = os.pipe()
         self.agent = subprocess.Popen(
-            [sys.executable, "-m", "xtrain.agent", str(agents_end), *command],
+            [sys.executable, "-m", "xtrain.agent", str(agents_end), order.json(), *command],
             env=environ,
             stdin=subprocess.DEVNULL,
             pass_fds=[agents_end],
@@ -122,6 +135,7 @@ class Launch:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._asked is None:
             self._asked = signal.Signals(number)
+            (self._folder / STOPPING).touch()
             self._pass_on(self._asked)
         elif number == signal.SIGINT:
             self._left_at_once = True
@@ -156,15 +170,19 @@ class Launch:
         if self._left_at_once:
             message = "the workers were ended at once, as asked; what was saved before stands"
             return Ended(exit_code(signal.SIGINT), message)
-        words = [ending(self._folder, rank) for rank in range(self._processes)]
-        if all(word is not None and word.orderly for word in words):
+        words = endings(self._folder)
+        if len(words) == self._processes and all(word.orderly for word in words):
             # Also where a library crashed in a process that was done: all is written, nothing was lost.
-            interrupted = any(word is not None and word.code == EXIT_INTERRUPTED for word in words)
+            interrupted = any(word.code == EXIT_INTERRUPTED for word in words)
             return Ended(EXIT_INTERRUPTED if interrupted else EXIT_DONE, "")
         file = self._folder / AGENT_ENDING
         if not file.exists():
             return self._without_report()
         found = json.loads(file.read_text())
+        if "lost" in found:
+            return Ended(EXIT_INTERRUPTED, found["lost"])
+        if "failed" in found:
+            return Ended(EXIT_FAILED, found["failed"])
         return self._failure(int(found["rank"]), int(found["exitcode"]))
 
     def _failure(self, rank: int, code: int) -> Ended:
@@ -172,7 +190,7 @@ class Launch:
         word = ending(self._folder, rank)
         if word is not None and not word.orderly:
             code = word.code  # whatever became of the process on its way out
-        who = f"rank {rank} of {self._processes}"
+        who = f"rank {rank} of {self._world}"
         if self._asked is not None and code in (-self._asked, exit_code(self._asked)):
             return self._too_early(self._asked)
         if code < 0:

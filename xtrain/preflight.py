@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import Job
-from xtrain.errors import RequestError, RunFailed, XtrainError
+from xtrain.errors import EXIT_REQUEST, RequestError, RunFailed, XtrainError
 from xtrain.machine import RECORDED_PACKAGES, package_version
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Spec
@@ -127,7 +127,7 @@ def told_to_others(job: Job | None) -> Iterator[None]:
     except XtrainError as error:
         if job is not None and job.world > 1:
             with suppress(Exception):  # they may be gone, or not there yet: then they find out by waiting
-                Meeting(job, TELL_SECONDS).tell_failure(str(error))
+                Meeting(job, TELL_SECONDS).tell_failure(error)
         raise
 
 
@@ -176,7 +176,8 @@ class Meeting:
         deadline = time.monotonic() + self._seconds
         while (came := self._store.add(topic, 0)) < self._job.world:
             if self._store.check(["failed"]):
-                raise RunFailed(self._store.get("failed").decode())
+                code, message = json.loads(self._store.get("failed"))
+                raise (RequestError if code == EXIT_REQUEST else RunFailed)(message)
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"{came} of {self._job.world} processes came within {self._seconds:.0f} s; missing: rank "
@@ -187,8 +188,9 @@ class Meeting:
     def _ranks(self) -> range:
         return range(self._job.world)
 
-    def tell_failure(self, message: str) -> None:
-        self._store.set("failed", f"rank {self._job.rank} on {host_name()} did not begin: {message}")
+    def tell_failure(self, error: XtrainError) -> None:
+        message = f"rank {self._job.rank} on {host_name()} did not begin: {error}"
+        self._store.set("failed", json.dumps([error.exit_code, message]))
 
     def add_up(self) -> None:
         """The all-reduce that every step needs, on its own: what fails here is the network."""

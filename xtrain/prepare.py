@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.select import set_aside, set_aside_after
 from xtrain.contract import Resolved
 from xtrain.metrics import MetricsError, MetricsLog
@@ -36,10 +39,50 @@ def fill(
             "spec": dump_spec(resolved.spec),
             "settings": resolved.settings,
             "notes": list(resolved.notes),
+            "start": start_id(),
         },
     )
     for name, content in resolved.files.items():
         write_json(directory.path / name, content)
+
+
+def going_on(request: Request) -> Request:
+    """The request of a worker that was started again: it goes on with what its launch has saved so far."""
+    start = start_id()
+    if start is None or not (RUN_DIRECTORY in os.environ or request.out or request.resume):
+        return request
+    path = run_directory(request)
+    if _begun_by(path) != start:
+        return request
+    if request.resume is None or complete_checkpoints(path / "checkpoints"):
+        return replace(request, resume=path, out=None)
+    os.environ[RUN_DIRECTORY] = str(path)  # nothing saved yet: begin once more where it was told to
+    return request
+
+
+def start_id() -> str | None:
+    """The word that all processes of one start share, restarts included; None where torchrun has none."""
+    found = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if found == "none" else found
+
+
+def _begun_by(path: Path) -> str | None:
+    """The start that this run directory was last filled for."""
+    with suppress(OSError, ValueError, AttributeError):
+        found = json.loads((path / "resolved.json").read_text(encoding="utf-8")).get("start")
+        return found if isinstance(found, str) else None
+    return None
+
+
+def run_directory(request: Request) -> Path:
+    """Where the run of a request with a folder is written."""
+    if made := os.environ.get(RUN_DIRECTORY):
+        return Path(made)
+    if request.out:
+        return request.out
+    if request.resume is None:
+        raise AssertionError("a request that is given no folder gets a new one")
+    return _run_of(request.resume)
 
 
 def open_directory(request: Request) -> RunDirectory:

@@ -7,6 +7,32 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtrain.errors import RequestError
+from xtrain.printable import printable
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """One host's place among the hosts of a run, which share a folder and have equally many processes."""
+
+    count: int
+    meet: str
+    """HOST:PORT at which they meet; that host serves it, and ends the run when it is lost."""
+    start_id: str
+    """A word that is the same on all hosts and new for every start."""
+    address: str | None = None
+    """Of this host, as the others reach it; found out where it is not given."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether the others meet here, as far as this host's address was given."""
+        return self.address == self.meet.rpartition(":")[0]
+
+    def words(self) -> list[str]:
+        """For the command line."""
+        own = ["--address", self.address] if self.address else []
+        return ["--nodes", str(self.count), "--meet", self.meet, "--id", self.start_id, *own]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -21,11 +47,22 @@ class Request:
     allow_changed: bool = False
     stop_after: int | None = None
     """Absolute: the number of updates after which to stop, saved."""
+    max_restarts: int = 0
+    """How often workers are started again after one has died."""
+    hosts: Hosts | None = None
+    """This host's place among several; None alone."""
+
+    @property
+    def supervised(self) -> bool:
+        """Whether even a single process needs one that watches it."""
+        return self.max_restarts > 0 or self.hosts is not None
 
     def worker_arguments(self, backend: str, processes: int) -> list[str]:
         """For the processes that a launcher starts; they are told where to write in another way."""
         words = ["run", str(self.spec_path), "--backend", backend, *self._overrides()]
         words += ["--nproc", str(processes)]
+        if self.hosts and self.out:
+            words += ["--out", str(self.out)]
         if self.resume:
             words += ["--resume", str(self.resume)]
         if self.allow_changed:
@@ -39,6 +76,10 @@ class Request:
         words = [*this_program(), "run", str(self.spec_path), "--backend", self.backend, *self._overrides()]
         if self.processes:
             words += ["--nproc", str(self.processes)]
+        if self.max_restarts:
+            words += ["--max-restarts", str(self.max_restarts)]
+        if self.hosts:
+            words += self.hosts.words()
         return shlex.join([*words, "--resume", str(run_directory)])
 
     def _overrides(self) -> list[str]:
@@ -52,3 +93,15 @@ def this_program() -> list[str]:
         return [sys.executable, "-m", "xtrain"]
     here = Path.cwd()
     return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+
+
+def hosts_of(count: int | None, meet: str | None, start_id: str | None, address: str | None) -> Hosts | None:
+    """From options of the command line; RequestError where only some are given, or cannot be read."""
+    if count is None and meet is None and start_id is None and address is None:
+        return None
+    if count is None or meet is None or start_id is None:
+        raise RequestError("--nodes, --meet and --id belong together; `xtrain launch --print` writes them")
+    host, _, port = meet.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise RequestError(f"--meet: found {printable(meet)!r}, expected HOST:PORT such as gpu1:29400")
+    return Hosts(count, meet, start_id, address)

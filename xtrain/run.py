@@ -14,9 +14,10 @@ from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.job import join
 from xtrain.launch import start_workers
-from xtrain.preflight import told_to_others
-from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory
+from xtrain.preflight import ADDRESS, told_to_others
+from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory, run_directory
 from xtrain.request import Request
+from xtrain.rundir import RunDirectory
 from xtrain.signals import Interrupted, StopRequest
 from xtrain.spec import load_spec, locate
 from xtrain.spec.tree import Spec
@@ -29,7 +30,7 @@ def run(request: Request) -> int:
     """Train; returns the exit code. Starts the processes that are asked for, or joins a job as one."""
     try:
         with StopRequest() as stop:
-            job = join(os.environ)
+            job = None if request.hosts else join(os.environ)
             if job is not None:
                 register(job.rank)
             with told_to_others(job):
@@ -40,7 +41,7 @@ def run(request: Request) -> int:
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes
                 choice = _choose(request, spec, world)
-            if job is not None or world == 1:
+            if job is not None or (world == 1 and not request.supervised):
                 return work(request, spec, choice, job or Job(), stop)
     except Interrupted as interrupted:
         interrupted.exit_code = _early_exit_code(request, interrupted.exit_code)
@@ -82,20 +83,44 @@ def _choose(request: Request, spec: Spec, world: int) -> Choice:
 
 
 def _launch(request: Request, backend: str, world: int) -> int:
-    """Start the workers in a directory made for them; nothing is left of one that did not begin."""
-    directory = open_directory(request)
-    environ = {**os.environ, RUN_DIRECTORY: str(directory.path.absolute())}
-    ended = start_workers(request.worker_arguments(backend, world), world, environ)
+    """Start this host's workers and wait; nothing is left of a run that did not begin."""
+    directory, processes = _share(request, world)
+    environ = dict(os.environ)
+    if request.hosts is None:
+        environ[RUN_DIRECTORY] = str(directory.path.absolute())
+    elif request.hosts.address:
+        environ[ADDRESS] = request.hosts.address
+    arguments = request.worker_arguments(backend, world)
+    ended = start_workers(
+        arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
+    )
     began = directory.resolved.exists()
-    if not began and is_new(directory, request):
+    if not began and not request.hosts and is_new(directory, request):
         shutil.rmtree(directory.path, ignore_errors=True)
-    if ended.code in (EXIT_DONE, EXIT_INTERRUPTED):
+    if ended.code in (EXIT_DONE, EXIT_INTERRUPTED) and not ended.message:
         return ended.code
     go_on = f"\ngo on with: {request.resume_command(directory.path)}" if began else ""
     message = f"{ended.message}{go_on}"
     if ended.signalled:
         raise Interrupted(ended.code if began else _early_exit_code(request, ended.code), message)
+    if ended.code == EXIT_INTERRUPTED and began:
+        raise Interrupted(ended.code, message)
     raise (RequestError if ended.code == EXIT_REQUEST else RunFailed)(message)
+
+
+def _share(request: Request, world: int) -> tuple[RunDirectory, int]:
+    """The run directory, and how many of the processes are started on this host."""
+    hosts = request.hosts
+    if hosts is None:
+        return open_directory(request), world
+    if world % hosts.count:
+        raise RequestError(
+            f"{world} processes on {hosts.count} hosts: expected a multiple of {hosts.count}, as every host "
+            "has equally many; change --nproc or launch.processes"
+        )
+    if request.out is None and request.resume is None:
+        raise RequestError("a run on several hosts needs --out, a folder that all of them see")
+    return RunDirectory(run_directory(request)), world // hosts.count
 
 
 def _early_exit_code(request: Request, code: int) -> int:

@@ -20,7 +20,7 @@ from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import NotedSource, model_source
 from xtrain.preflight import host_name, known, preflight, told_to_others
-from xtrain.prepare import discarded_on_refusal, fill, is_new, open_directory
+from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
@@ -43,6 +43,7 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
     """One process's part of a run, from its data to its record; returns the exit code."""
     first = job.rank == 0
     say(first, f"backend {choice.backend.name}: {choice.reason}")
+    request = going_on(request)
     with told_to_others(job):
         if request.resume:
             require_folder(request.resume)  # before anything that takes time

@@ -76,6 +76,7 @@ def register(rank: int) -> None:
     """Tell the launcher this process's id, and from now on end when the parent does."""
     watch_parent()
     if folder := os.environ.get(FOLDER):
+        (Path(folder) / f"{rank}.ending").unlink(missing_ok=True)  # of the one before a restart
         _write(Path(folder) / f"{rank}.pid", str(os.getpid()))
 
 
@@ -106,6 +107,12 @@ def said_at(folder: Path, rank: int) -> float:
     """When, in seconds, it said so; infinity when it did not."""
     file = folder / f"{rank}.ending"
     return file.stat().st_mtime if file.exists() else inf
+
+
+def endings(folder: Path) -> list[Ending]:
+    """Of all workers that said something of theirs."""
+    found = [ending(folder, int(file.stem)) for file in folder.glob("*.ending") if file.stem.isdigit()]
+    return [one for one in found if one is not None]
 
 
 def process_ids(folder: Path) -> dict[int, int]:

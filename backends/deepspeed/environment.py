@@ -16,8 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from xtrain.contract import JSON, Availability, Job
 from xtrain.errors import RequestError
+from xtrain.preflight import ADDRESS
 
 from .apple import decide, on_mac, this_mac
 from .stale_locks import clear_stale_locks
@@ -83,8 +86,22 @@ def prepare() -> None:
     tools = str(Path(sys.executable).parent)  # ninja is installed beside Python, whatever is active
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    _choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+
+
+def _choose_interface() -> None:
+    """Talk through the interface that has this host's address, where one was given and none was chosen."""
+    address = os.environ.get(ADDRESS)
+    if not address:
+        return
+    with suppress(OSError):
+        address = socket.gethostbyname(address)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            for collectives in COLLECTIVES.values():
+                os.environ.setdefault(f"{collectives.upper()}_SOCKET_IFNAME", name)
 
 
 def require_fp16(device: torch.device) -> None:
