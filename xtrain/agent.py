@@ -193,7 +193,11 @@ class Haste(threading.Thread):
             os._exit(EXIT_FAILED)
         if restarts:
             reason = word.message.splitlines()[-1] if word and word.message else "it died without a word"
-            print(f"note: rank {failed} failed: {reason}; {_restarts(self._restarts_left)}", file=sys.stderr)
+            left = f"{self._restarts_left} restart{'s'[: self._restarts_left != 1]} left"
+            print(
+                f"note: rank {failed} failed: {reason}; all start again from the last checkpoint ({left})",
+                file=sys.stderr,
+            )
         time.sleep(GRACE_SECONDS)
         _wake(processes.values())
         self.ended = {rank for rank, process in processes.items() if is_alive(process)}
@@ -202,16 +206,16 @@ class Haste(threading.Thread):
         self._restarts_left -= 1
 
     def _failed(self) -> int | None:
-        """A rank that said so, on its way out or stuck there, or is gone without a word."""
-        for rank, process in process_ids(self._folder).items():
-            word = ending(self._folder, rank)
-            if process not in self._past and not (word.orderly if word else is_alive(process)):
-                return rank
-        return None
-
-
-def _restarts(left: int) -> str:
-    return f"all start again from the last checkpoint ({left} restart{'s'[: left != 1]} left)"
+        """A rank that is gone without a word, or else one that said so, on its way out or stuck there."""
+        current = {
+            rank: ending(self._folder, rank)
+            for rank, process in process_ids(self._folder).items()
+            if process not in self._past
+        }
+        processes = process_ids(self._folder)
+        silent = [rank for rank, word in current.items() if word is None and not is_alive(processes[rank])]
+        spoke = [rank for rank, word in current.items() if word is not None and not word.orderly]
+        return next(iter(silent + spoke), None)
 
 
 def _wake(processes: Iterable[int]) -> None:

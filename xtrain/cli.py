@@ -13,11 +13,12 @@ import click
 
 from xtrain import __version__
 from xtrain.cli_checkpoint import checkpoint
-from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, XtrainError
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, XtrainError
 from xtrain.plan.formulas import FORMULAS
 from xtrain.signals import Interrupted, exit_code
 from xtrain.worker import launched
 
+LAUNCHERS = ("xtrain", "torchrun", "deepspeed")
 Command = TypeVar("Command", bound=click.Command)
 
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
@@ -77,6 +78,7 @@ def main() -> None:
 @click.option("--meet", metavar="HOST:PORT", help="Where the hosts meet.")
 @click.option("--id", "start_id", metavar="WORD", help="The same on all hosts, new for every start.")
 @click.option("--address", help="This host's, as the others reach it.")
+@click.option("--leash", is_flag=True, hidden=True, help="Save and end when standard input ends.")
 def run(
     spec: Path,
     backend: str,
@@ -91,6 +93,7 @@ def run(
     meet: str | None,
     start_id: str | None,
     address: str | None,
+    leash: bool,
 ) -> None:
     """Train SPEC, here or on the processes it asks for.
 
@@ -99,12 +102,68 @@ def run(
     """
     from xtrain.request import Request, hosts_of
     from xtrain.run import run as train
+    from xtrain.supervise import end_with_input
 
+    if leash:
+        end_with_input()
     hosts = hosts_of(nodes, meet, start_id, address)
     request = Request(
         spec, backend, out, nproc, overrides, resume, allow_changed, stop_after, max_restarts, hosts
     )
     raise SystemExit(train(request))
+
+
+@main.command()
+@SPEC
+@BACKEND
+@SET
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory, new, that all hosts see.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with this run directory or checkpoint."
+)
+@click.option("--allow-changed", is_flag=True, help="Resume although the spec describes another training.")
+@click.option("--stop-after", type=click.IntRange(min=1), help="Stop, saved, after this many updates in all.")
+@RESTARTS
+@click.option("--hosts", "hostfile", type=click.Path(path_type=Path), help="A line `host slots=N` for each.")
+@click.option("--slurm", is_flag=True, help="Print a script for sbatch instead.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Hosts, with --slurm.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes on all hosts together.")
+@click.option("--print", "show", is_flag=True, help="Print the command of each host, start nothing.")
+@click.option("--with", "launcher", type=click.Choice(LAUNCHERS), default="xtrain", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=29400, show_default=True)
+@click.option("--ssh", metavar="COMMAND", help="Instead of `ssh -o BatchMode=yes`; also for this host.")
+def launch(
+    spec: Path,
+    backend: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+    allow_changed: bool,
+    stop_after: int | None,
+    max_restarts: int,
+    hostfile: Path | None,
+    slurm: bool,
+    nodes: int | None,
+    nproc: int | None,
+    show: bool,
+    launcher: str,
+    port: int,
+    ssh: str | None,
+) -> None:
+    """Train SPEC on several hosts: through ssh, or by commands and scripts written for you.
+
+    All hosts need the same checkout, environment and folders. Exit codes are those of `xtrain run`.
+    """
+    from xtrain.request import Request
+    from xtrain.several import on_hosts, on_slurm
+
+    request = Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after, max_restarts)
+    if slurm == (hostfile is not None):
+        raise RequestError("where to? Give either --hosts FILE or --slurm")
+    if hostfile is None:
+        click.echo(on_slurm(request, nodes, port), nl=False)
+        return
+    raise SystemExit(on_hosts(request, hostfile, port, launcher, show, ssh))
 
 
 @main.command()

@@ -28,7 +28,7 @@ def fill(
 ) -> None:
     """Write down what is known before the first step. The directory must be locked."""
     if request.resume:
-        _go_on(directory, _run_of(request.resume), begin, say)
+        _go_on(directory, run_of(request.resume), begin, say)
     write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
     write_json(
         directory.resolved,
@@ -80,9 +80,7 @@ def run_directory(request: Request) -> Path:
         return Path(made)
     if request.out:
         return request.out
-    if request.resume is None:
-        raise AssertionError("a request that is given no folder gets a new one")
-    return _run_of(request.resume)
+    return run_of(request.resume)
 
 
 def open_directory(request: Request) -> RunDirectory:
@@ -90,13 +88,13 @@ def open_directory(request: Request) -> RunDirectory:
     if made := os.environ.get(RUN_DIRECTORY):
         return RunDirectory.open(Path(made))
     if request.resume and not request.out:
-        return RunDirectory.open(_run_of(request.resume))
+        return RunDirectory.open(run_of(request.resume))
     return RunDirectory.create(request.out, request.spec_path.stem)
 
 
 def is_new(directory: RunDirectory, request: Request) -> bool:
     """Whether it was made for this request, and goes when the request is refused."""
-    return request.resume is None or directory.path.resolve() != _run_of(request.resume).resolve()
+    return request.resume is None or directory.path.resolve() != run_of(request.resume).resolve()
 
 
 def _go_on(directory: RunDirectory, before: Path, begin: Start, say: Callable[[str], None]) -> None:
@@ -132,8 +130,10 @@ def _copy(source: Path, log: MetricsLog, step: int) -> bool:
         return False
 
 
-def _run_of(resume: Path) -> Path:
+def run_of(resume: Path | None) -> Path:
     """The run directory of `--resume PATH`, which may name one of its checkpoints."""
+    if resume is None:
+        raise AssertionError("neither --out nor --resume: refused before")
     return resume.parent.parent if resume.parent.name == "checkpoints" else resume
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtrain.errors import RequestError
@@ -58,29 +58,30 @@ class Request:
         return self.max_restarts > 0 or self.hosts is not None
 
     def worker_arguments(self, backend: str, processes: int) -> list[str]:
-        """For the processes that a launcher starts; they are told where to write in another way."""
-        words = ["run", str(self.spec_path), "--backend", backend, *self._overrides()]
-        words += ["--nproc", str(processes)]
-        if self.hosts and self.out:
-            words += ["--out", str(self.out)]
-        if self.resume:
-            words += ["--resume", str(self.resume)]
-        if self.allow_changed:
-            words += ["--allow-changed"]
-        if self.stop_after:
-            words += ["--stop-after", str(self.stop_after)]
-        return words
+        """For the processes that a launcher starts; alone, it tells them its directory in another way."""
+        shared = self.out if self.hosts else None
+        own = replace(self, backend=backend, processes=processes, out=shared, max_restarts=0, hosts=None)
+        return own.arguments()
 
     def resume_command(self, run_directory: Path) -> str:
         """The command line that goes on with the run in `run_directory`."""
-        words = [*this_program(), "run", str(self.spec_path), "--backend", self.backend, *self._overrides()]
-        if self.processes:
-            words += ["--nproc", str(self.processes)]
-        if self.max_restarts:
-            words += ["--max-restarts", str(self.max_restarts)]
-        if self.hosts:
-            words += self.hosts.words()
-        return shlex.join([*words, "--resume", str(run_directory)])
+        again = replace(self, out=None, resume=run_directory, allow_changed=False, stop_after=None)
+        return shlex.join([*this_program(), *again.arguments()])
+
+    def arguments(self) -> list[str]:
+        """Of `xtrain`, that make this request."""
+        words = ["run", str(self.spec_path), "--backend", self.backend, *self._overrides()]
+        named = {
+            "--nproc": self.processes,
+            "--out": self.out,
+            "--resume": self.resume,
+            "--stop-after": self.stop_after,
+            "--max-restarts": self.max_restarts or None,
+        }
+        words += [word for name, value in named.items() if value is not None for word in (name, str(value))]
+        if self.allow_changed:
+            words += ["--allow-changed"]
+        return words + (self.hosts.words() if self.hosts else [])
 
     def _overrides(self) -> list[str]:
         return [word for override in self.overrides for word in ("--set", override)]

@@ -76,6 +76,17 @@ def watch_lifeline(lifeline: int, folder: Path) -> None:
     threading.Thread(target=wait_for_the_end, name="watch-lifeline", daemon=True).start()
 
 
+def end_with_input() -> None:
+    """From now on, when standard input ends, be told as by SIGTERM: whoever held the other end is gone."""
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 64):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_the_end, name="leash", daemon=True).start()
+
+
 def children(process: int) -> list[int]:
     """Ids of the direct children; none of a process that has ended."""
     try:
@@ -85,12 +96,11 @@ def children(process: int) -> list[int]:
 
 
 def is_alive(process: int) -> bool:
-    """False once it was reaped."""
+    """False once it has ended, whether or not its parent knows."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
 
 
 def kill_groups(leaders: Iterable[int]) -> None:
