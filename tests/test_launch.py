@@ -170,6 +170,41 @@ def test_killed_rank_is_named_and_the_ones_that_wait_for_it_end(started: Callabl
     assert message == "rank 1 of 2 was killed by SIGKILL (often: out of memory); the others were ended"
 
 
+# --- restarts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_started_again_with_all_others(
+    started: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RESTARTS", "2")
+    code, message, errors = started("dies-once", "1").end()
+    assert (code, message) == (0, "")
+    assert "note: rank 1 failed: it died without a word; all start again from the last checkpoint" in errors
+    assert (tmp_path / "died.json").read_text() == "1\n"
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_every_time_ends_the_launch_after_the_last_restart(
+    started: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RESTARTS", "1")
+    code, message, errors = started("dies", "1").end()
+    assert code == 1
+    assert message == "rank 1 of 2 was killed by SIGKILL (often: out of memory); the others were ended"
+    assert errors.count("all start again") == 1
+    assert (tmp_path / "died.json").read_text() == "1\n1\n"
+
+
+@pytest.mark.slow
+def test_what_was_refused_is_not_tried_again(
+    started: Callable[..., Launcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RESTARTS", "5")
+    assert started("exits", "1", "2").end()[0] == 2
+    assert (tmp_path / "left.json").read_text() == "1\n"
+
+
 # --- signals -------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from xtrain.request import this_program
 pytestmark = pytest.mark.slow
 
 STEPS = 60
+WHOLE = f"--set=train.steps={STEPS}"
 SLOW_STEPS = ["--set=data.seq_len=64", "--set=batch.global=16", "--set=log.every_steps=1"]
 """So that a signal in the middle comes in the middle."""
 ZERO_3 = [
@@ -63,10 +64,10 @@ def test_two_hosts_give_the_losses_of_one_although_a_worker_dies_in_the_middle(
 ) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
-    reference = training(start, alone, [*ZERO_3, "--nproc", "2"])
+    reference = training(start, alone, [*ZERO_3, WHOLE, "--nproc", "2"])
     assert reference.ended() == 0, reference.said()
 
-    one = launched(start, tmp_path, hosts, [*ZERO_3, "--max-restarts", "1"])
+    one = launched(start, tmp_path, hosts, [*ZERO_3, WHOLE, "--max-restarts", "1"])
     one.wait_for(f"step 30/{STEPS}")
     worker_on(hosts, hosts.addresses[1]).send_signal(signal.SIGKILL)
     assert one.ended() == 0, one.said()

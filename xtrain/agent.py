@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import psutil
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
 from xtrain.request import Hosts
 from xtrain.supervise import AGENT, children, is_alive, kill_groups, watch_lifeline
-from xtrain.worker import FOLDER, ending, process_ids, said_at
+from xtrain.worker import FOLDER, ending, endings, process_ids, said_at
 
 AGENT_ENDING = "agent.json"
 STOPPING = "stopping"
@@ -185,19 +185,9 @@ class Haste(threading.Thread):
 
     def _end_attempt(self, failed: int) -> None:
         processes, workers = process_ids(self._folder), children(os.getpid())
-        word = ending(self._folder, failed)
-        restarts = self._restarts_left > 0
-        if restarts and ((self._folder / STOPPING).exists() or (word and word.code == EXIT_REQUEST)):
-            _leave(self._folder, rank=failed, exitcode=word.code if word else -signal.SIGTERM)
-            kill_groups(workers)
-            os._exit(EXIT_FAILED)
-        if restarts:
-            reason = word.message.splitlines()[-1] if word and word.message else "it died without a word"
-            left = f"{self._restarts_left} restart{'s'[: self._restarts_left != 1]} left"
-            print(
-                f"note: rank {failed} failed: {reason}; all start again from the last checkpoint ({left})",
-                file=sys.stderr,
-            )
+        if self._restarts_left > 0:
+            self._prevent_restart(failed, workers)
+            self._announce_restart(failed)
         time.sleep(GRACE_SECONDS)
         _wake(processes.values())
         self.ended = {rank for rank, process in processes.items() if is_alive(process)}
@@ -205,16 +195,32 @@ class Haste(threading.Thread):
         self._past |= set(processes.values())
         self._restarts_left -= 1
 
+    def _prevent_restart(self, failed: int, workers: Sequence[int]) -> None:
+        """End here where a request was refused, which it would be again, or the run was asked to end."""
+        refused = [word.rank for word in endings(self._folder) if word.code == EXIT_REQUEST]
+        if refused or (self._folder / STOPPING).exists():
+            rank = (refused or [failed])[0]
+            _leave(self._folder, rank=rank, exitcode=EXIT_REQUEST if refused else -signal.SIGTERM)
+            kill_groups(workers)
+            os._exit(EXIT_FAILED)
+
+    def _announce_restart(self, failed: int) -> None:
+        word = ending(self._folder, failed)
+        reason = word.message.splitlines()[-1] if word and word.message else "it died without a word"
+        left = f"{self._restarts_left} restart{'s'[: self._restarts_left != 1]} left"
+        print(
+            f"note: rank {failed} failed: {reason}; all start again from the last checkpoint ({left})",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _failed(self) -> int | None:
         """A rank that is gone without a word, or else one that said so, on its way out or stuck there."""
-        current = {
-            rank: ending(self._folder, rank)
-            for rank, process in process_ids(self._folder).items()
-            if process not in self._past
-        }
-        processes = process_ids(self._folder)
-        silent = [rank for rank, word in current.items() if word is None and not is_alive(processes[rank])]
-        spoke = [rank for rank, word in current.items() if word is not None and not word.orderly]
+        everybody = process_ids(self._folder).items()
+        current = {rank: process for rank, process in everybody if process not in self._past}
+        words = {rank: ending(self._folder, rank) for rank in current}
+        silent = [rank for rank, word in words.items() if word is None and not is_alive(current[rank])]
+        spoke = [rank for rank, word in words.items() if word is not None and not word.orderly]
         return next(iter(silent + spoke), None)
 
 

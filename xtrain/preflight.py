@@ -158,7 +158,9 @@ class Meeting:
                 raise RunFailed(
                     f"rank {job.rank} on {host_name()} cannot reach {address}:{port}: {_first(error)}"
                 ) from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # An agent's store outlives the workers of an attempt. (Where it does not, the count says nothing:
+        # after a restart the agents of two hosts need not have the same.)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if served_by_agent else "0"
         self._store = PrefixStore(f"xtrain/{attempt}", Meeting._kept)
 
     def exchange(self, topic: str, value: Any) -> list[Any]:

@@ -52,9 +52,11 @@ total = torch.tensor(float(job.rank + 1))
 dist.all_reduce(total)
 write(total=total.item(), threads=os.environ["OMP_NUM_THREADS"])
 
-if not chosen:
+if not chosen and not (behaviour == "dies-once" and (records / "died.json").exists()):
     dist.all_reduce(total)
 elif behaviour == "exits":
+    with (records / "left.json").open("a") as file:
+        file.write(f"{job.rank}\n")
     if len(sys.argv) < 5:
         dist.destroy_process_group()
     sys.exit(int(sys.argv[4]) if len(sys.argv) > 4 else 0)
@@ -65,7 +67,12 @@ elif behaviour in ("raises", "sticks"):
     if behaviour == "sticks":
         threading.Thread(target=time.sleep, args=(120,)).start()
     raise ValueError("the disk is full")
-elif behaviour == "dies":
+elif behaviour == "dies-once" and (records / "died.json").exists():
+    dist.destroy_process_group()
+    sys.exit(0)
+elif behaviour in ("dies", "dies-once"):
+    with (records / "died.json").open("a") as file:
+        file.write(f"{job.rank}\n")
     os.kill(os.getpid(), signal.SIGKILL)
 elif behaviour == "saves-when-asked":
     for number in (signal.SIGINT, signal.SIGTERM):
