@@ -1,0 +1,1 @@
+"""Memory techniques that work on any module, whatever the engine; what needs one engine is in backends/."""

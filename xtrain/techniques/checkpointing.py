@@ -1,0 +1,80 @@
+"""Activation checkpointing as the spec asks for it: which blocks, in which groups, and what they keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from xtrain.errors import RequestError
+from xtrain.spec.tree import Checkpointing, Spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from xtrain.techniques.recompute import Contexts
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+ATTENTION = "_scaled_dot_product"
+"""Operations of torch that `ops: cheap` keeps; the kernels of attention by the beginning of their name."""
+
+
+def recomputes(spec: Spec) -> bool:
+    return spec.memory != "auto" and spec.memory.checkpointing.enabled
+
+
+def checkpoint_activations(model: nn.Module, spec: Spec) -> None:
+    """Make blocks of `model` recompute, in place, where the spec asks for it.
+
+    Raises RequestError where the blocks cannot be found, or are fewer than the spec supposes.
+    """
+    from xtrain.models.blocks import find_blocks
+    from xtrain.techniques.recompute import RecomputeGroup, keep_all
+
+    if spec.memory == "auto" or not recomputes(spec):
+        return
+    chosen = spec.memory.checkpointing
+    blocks = find_blocks(model, spec.model.blocks)
+    contexts = keep_products if chosen.selective is not None and chosen.selective.ops else keep_all
+    for group in groups(chosen, len(blocks)):
+        RecomputeGroup([blocks[place] for place in group], contexts)
+
+
+def groups(chosen: Checkpointing, blocks: int) -> list[Sequence[int]]:
+    """The places of the blocks that are recomputed together, in order; a block in none is kept.
+
+    A ratio recomputes the first blocks, each by itself: the backward pass reaches them last, when
+    the others have let go of what they kept.
+    """
+    for key, value in (("every", chosen.every), ("number", chosen.number)):
+        if value is not None and value > blocks:
+            raise RequestError(
+                f"memory.checkpointing.{key}: found {value}, expected at most the {blocks} blocks of the "
+                f"model; nearest: {blocks}"
+            )
+    if chosen.every is not None:
+        return [range(start, min(start + chosen.every, blocks)) for start in range(0, blocks, chosen.every)]
+    if chosen.selective is not None:
+        share = 1.0 if chosen.selective.ratio is None else chosen.selective.ratio
+        return [[place] for place in range(max(1, round(share * blocks)))]
+    number = chosen.number or round(math.sqrt(blocks))
+    ends = [blocks * done // number for done in range(number + 1)]
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def keep_products() -> Contexts:
+    """Keep what matrix products and attention return: dear to compute, and no larger than the rest."""
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        SelectiveCheckpointContext,
+        create_selective_checkpoint_contexts,
+    )
+
+    def policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = op.overloadpacket.__name__
+        dear = name in PRODUCTS or name.startswith(ATTENTION)
+        return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+    forward, replay = create_selective_checkpoint_contexts(policy)
+    return forward, replay
