@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 from xtrain.errors import RequestError
 
-from .support import find_notes, find_problems
+from .support import device_names, find_notes, find_problems, offload_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -39,22 +39,32 @@ class ManualBackend:
     def resolve(self, spec: Spec, world: int) -> Resolved:
         from .devices import device_of
 
-        device = device_of(self.name)
+        names = device_names(spec, self.name)
         settings: dict[str, JSON] = {
             "device": self.name,
+            "layers_over": names,
             "weights_dtype": spec.precision.weights,
             "compute_dtype": spec.precision.dtype,
             "accumulation": spec.accumulation(world),
-            "fused_optimizer": device.fused_optimizer,
+            "fused_optimizer": all(
+                device_of(name).fused_optimizer
+                for name in (["cpu"] if offload_of(spec).optimizer.enabled else names)
+            ),
         }
-        return Resolved(self.name, spec, world, settings, find_notes(spec))
+        return Resolved(self.name, spec, world, settings, find_notes(spec, self.name))
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> ManualEngine:
         from .devices import device_of
         from .engine import ManualEngine
 
-        device = device_of(self.name)
-        for dtype in {resolved.spec.precision.dtype, resolved.spec.precision.weights}:
-            if reason := device.lacks(dtype):
-                raise RequestError(f"precision {dtype} on {self.name}: {reason}")
-        return ManualEngine(resolved.spec, model, device)
+        spec = resolved.spec
+        names = device_names(spec, self.name)
+        devices = [device_of(name) for name in names]
+        for name, device in zip(names, devices, strict=True):
+            found = device.probe()
+            if not found.usable:
+                raise RequestError(f"manual.devices: {name} cannot be used here: {found.reason}")
+            for dtype in {spec.precision.dtype, spec.precision.weights}:
+                if reason := device.lacks(dtype):
+                    raise RequestError(f"precision {dtype} on {name}: {reason}")
+        return ManualEngine(spec, model, devices)

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
+from .devices import by_device
+
 EPSILON = 1e-6
 """Keeps the factor finite when all gradients are zero; torch's and DeepSpeed's value."""
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients as if they were one vector: a 0-dim fp32 tensor on their device."""
-    norms = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
-    return norms.float()
+    """The 2-norm of all gradients as if they were one vector: a 0-dim fp32 tensor on the first one's device.
+
+    From each other device one number comes there.
+    """
+    groups = by_device(gradients) or [[]]
+    norms = [torch.nn.utils.get_total_norm(group, norm_type=2.0).float() for group in groups]
+    if len(norms) == 1:
+        return norms[0]
+    together: torch.Tensor = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
+    return together
 
 
 def unscale_and_clip(
@@ -26,4 +35,6 @@ def unscale_and_clip(
     if max_norm is None and loss_scale is None:
         return
     factor = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + EPSILON), max=1.0)
-    torch._foreach_mul_(list(gradients), factor / (loss_scale or 1.0))
+    factor = factor / (loss_scale or 1.0)
+    for group in by_device(gradients):
+        torch._foreach_mul_(group, factor.to(group[0].device))

@@ -1,4 +1,4 @@
-"""The three kinds of device, and the few things in which they differ."""
+"""The kinds of device, and the few things in which they differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import psutil
 import torch
@@ -22,6 +22,9 @@ class Device(ABC):
     asynchronous: bool
     fused_optimizer: bool
     """Whether torch has a fused AdamW for it."""
+
+    def __init__(self, index: int = 0) -> None:  # noqa: B027
+        """`index` tells devices of one kind apart, where there can be several."""
 
     @abstractmethod
     def probe(self) -> Availability: ...
@@ -44,6 +47,10 @@ class Device(ABC):
     def facts(self) -> dict[str, JSON]:
         """What `xtrain doctor` shows of a usable one."""
         return {dtype: self.lacks(dtype) or "yes" for dtype in ("fp32", "bf16", "fp16")}
+
+    def limit_bytes(self) -> int | None:
+        """What may be in use at one time without swapping or failing; None where nobody says."""
+        return None
 
     def lacks(self, dtype: str) -> str:
         """Why it cannot compute in "bf16" or "fp16"; empty when it can."""
@@ -119,35 +126,47 @@ class Cpu(Device):
 
 
 class Cuda(Device):
-    torch_device = torch.device("cuda", 0)
     asynchronous = True
     fused_optimizer = True
+
+    def __init__(self, index: int = 0) -> None:
+        self.torch_device = torch.device("cuda", index)
+        self.random_key = "cuda" if index == 0 else f"cuda:{index}"
 
     def probe(self) -> Availability:
         if not torch.cuda.is_available():
             built = "no NVIDIA GPU found" if torch.version.cuda else "this torch is built without CUDA"
             return Availability(False, built)
-        gpu = torch.cuda.get_device_properties(0)
+        count = torch.cuda.device_count()
+        if self.torch_device.index >= count:
+            return Availability(False, f"this machine has {count} GPU{'s' if count != 1 else ''}")
+        gpu = torch.cuda.get_device_properties(self.torch_device)
         return Availability(True, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", preference=30)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
     def live(self) -> Counter | None:
-        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        return Counter(now, peak, "counter")
+        now = torch.cuda.memory_allocated(self.torch_device)
+        return Counter(now, torch.cuda.max_memory_allocated(self.torch_device), "counter")
 
     def reserved(self) -> Counter | None:
-        now, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
-        return Counter(now, peak, "counter")
+        now = torch.cuda.memory_reserved(self.torch_device)
+        return Counter(now, torch.cuda.max_memory_reserved(self.torch_device), "counter")
+
+    def limit_bytes(self) -> int | None:
+        """Free now; what this process's own allocator holds is free to it."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return free + torch.cuda.memory_reserved(self.torch_device)
 
     def random_state(self) -> dict[str, JSON]:
-        return {**super().random_state(), "cuda": _encode(torch.cuda.get_rng_state())}
+        own = _encode(torch.cuda.get_rng_state(self.torch_device))
+        return {**super().random_state(), self.random_key: own}
 
     def set_random_state(self, state: Mapping[str, str]) -> None:
         super().set_random_state(state)
-        if "cuda" in state:
-            torch.cuda.set_rng_state(_decode(state["cuda"]))
+        if self.random_key in state:
+            torch.cuda.set_rng_state(_decode(state[self.random_key]), self.torch_device)
 
     def facts(self) -> dict[str, JSON]:
         gpu = torch.cuda.get_device_properties(0)
@@ -180,7 +199,7 @@ MPS_SETTINGS = {
 class Mps(Device):
     """Apple GPUs. There is no peak counter: peaks are sampled on traced steps (xtrain/trace.py)."""
 
-    torch_device = torch.device("mps")
+    torch_device = torch.device("mps", 0)
     asynchronous = True
     fused_optimizer = True
 
@@ -200,6 +219,10 @@ class Mps(Device):
 
     def reserved(self) -> Counter | None:
         return Counter(torch.mps.driver_allocated_memory(), None, "unavailable")
+
+    def limit_bytes(self) -> int | None:
+        """Metal's working set: beyond it the system begins to move memory about."""
+        return torch.mps.recommended_max_memory()
 
     def random_state(self) -> dict[str, JSON]:
         return {**super().random_state(), "mps": _encode(torch.mps.get_rng_state())}
@@ -238,4 +261,14 @@ DEVICES: dict[str, type[Device]] = {"cpu": Cpu, "cuda": Cuda, "mps": Mps}
 
 
 def device_of(name: str) -> Device:
-    return DEVICES[name]()
+    """ "cpu", "mps", "cuda", or one of several: "cuda:1"."""
+    kind, _, index = name.partition(":")
+    return DEVICES[kind](int(index or 0))
+
+
+def by_device(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors of each device, in order: one operation over many tensors takes those of one device."""
+    together: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        together.setdefault(tensor.device, []).append(tensor)
+    return list(together.values())

@@ -1,9 +1,9 @@
-"""One process, one device: the training step written out by hand."""
+"""One process, on one device or with its layers over several: the training step written out by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,13 +27,18 @@ from xtrain.contract import (
 )
 from xtrain.ledger import count_bytes
 from xtrain.spec.tree import Spec
+from xtrain.techniques.checkpointing import checkpoint_activations
 
 from . import state
+from .activations import activations_on_host
 from .clipping import global_norm, unscale_and_clip
-from .devices import Device
+from .devices import Cpu, Device
 from .loss_scaling import LossScaler
 from .optimizer import build_optimizer, set_learning_rate
-from .precision import autocast, hold_weights
+from .placement import place, plan_placement
+from .precision import autocast, round_weights
+from .support import offload_of
+from .weights import hold_weights
 
 
 class ManualEngine:
@@ -42,19 +47,31 @@ class ManualEngine:
     data_rank = 0
     data_size = 1
 
-    def __init__(self, spec: Spec, source: ModelSource, device: Device) -> None:
-        device.prepare()
-        self.device = device
-        self.asynchronous = device.asynchronous
+    def __init__(self, spec: Spec, source: ModelSource, devices: Sequence[Device]) -> None:
+        """Stem, head and loss are on the first device, the home; see placement.py."""
+        self.devices = list({device.torch_device: device for device in devices}.values())
+        for device in self.devices:
+            device.prepare()
+        self.home = devices[0].torch_device
+        self.asynchronous = any(device.asynchronous for device in devices)
         self.clip = spec.train.clip
         self.precision = spec.precision
         self.scaler = LossScaler(spec.precision) if spec.precision.dtype == "fp16" else None
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
-        self.model = source.build().to(device.torch_device)
-        self.weights = hold_weights(self.model, spec.precision)
+        self.model = source.build()
+        placement = plan_placement(self.model, spec, devices)
+        round_weights(self.model, spec.precision)  # before they travel: fp32 ones might not fit
+        place(self.model, placement)
+        checkpoint_activations(self.model, spec)
+        self.weights = hold_weights(self.model, offload_of(spec))
+        self.parks_activations = offload_of(spec).activations.enabled
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(spec.optimizer, self.weights.updated, source, device.fused_optimizer)
+        fused = {device.torch_device: device.fused_optimizer for device in (Cpu(), *devices)}
+        updated = self.weights.updated
+        self.optimizer = build_optimizer(
+            spec.optimizer, updated, source, fused=all(fused[p.device] for p in updated.values())
+        )
         torch.manual_seed(spec.train.seed)  # dropout, from here on
         self.model.train()
 
@@ -82,10 +99,10 @@ class ManualEngine:
         Each micro-batch's loss is divided by the tokens of the *whole* batch, so that the sum of
         their gradients is the gradient of the one mean, however unequal the micro-batches are.
         """
-        loss_sum = torch.zeros((), device=self.device.torch_device)
+        loss_sum = torch.zeros((), device=self.home)
         for batch in step.micro_batches:
-            with trace.span("forward"), autocast(self.precision, self.device.torch_device):
-                loss = self.model(*self._to_device(batch))
+            with trace.span("forward"), self._autocast(), self._saved_tensors():
+                loss = self.model(*self._bring_home(batch))
             with trace.span("backward"):
                 (loss * (scale / step.target_tokens)).backward()
             loss_sum += loss.detach()
@@ -101,12 +118,12 @@ class ManualEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         self.model.eval()
-        total = torch.zeros((), device=self.device.torch_device)
+        total = torch.zeros((), device=self.home)
         tokens = 0
         with torch.no_grad():
             for batch in batches:
-                with autocast(self.precision, self.device.torch_device):
-                    total += self.model(*self._to_device(batch))
+                with self._autocast():
+                    total += self.model(*self._bring_home(batch))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.model.train()
         return LossSum(float(total), tokens)
@@ -116,23 +133,24 @@ class ManualEngine:
             return []
         losses = torch.stack([torch.as_tensor(r.loss_sum) for r in results])
         norms = torch.stack([torch.as_tensor(r.grad_norm) for r in results])
-        pairs = torch.stack([losses, norms.to(losses.dtype)]).tolist()
+        pairs = torch.stack([losses, norms.to(losses)]).tolist()
         return [
             StepValues(r.step, loss / r.target_tokens, norm, bool(r.skipped), r.loss_scale)
             for r, loss, norm in zip(results, *pairs, strict=True)
         ]
 
     def memory(self) -> Memory:
-        categories = count_bytes(self.holdings()).get(str(self.device.torch_device), {})
-        return Memory(self.device.live(), self.device.reserved(), categories)
+        """Of the home, also where layers are elsewhere."""
+        home = self.devices[0]
+        categories = count_bytes(self.holdings()).get(str(self.home), {})
+        return Memory(home.live(), home.reserved(), categories)
 
     def holdings(self) -> Holdings:
-        weights = (*self.weights.trained.values(), *self.weights.updated.values())
         state = (value for kept in self.optimizer.state.values() for value in kept.values())
         return {
             "parameters": self.model.parameters(),
             "master": self.weights.masters(),
-            "gradients": [p.grad for p in weights if p.grad is not None],
+            "gradients": self.weights.held_gradients(),
             "optimizer": [value for value in state if isinstance(value, torch.Tensor)],
         }
 
@@ -149,14 +167,15 @@ class ManualEngine:
         return {
             "optimizer_steps": state.optimizer_steps(self.optimizer),
             "loss_scaler": self.scaler.state() if self.scaler else None,
-            "random": self.device.random_state(),
+            "random": {key: text for one in self.devices for key, text in one.random_state().items()},
         }
 
     def restore_extras(self, extras: Mapping[str, Any]) -> None:
         state.set_optimizer_steps(self.optimizer, int(extras["optimizer_steps"]))
         if self.scaler and extras.get("loss_scaler"):
             self.scaler.restore(extras["loss_scaler"])
-        self.device.set_random_state(extras.get("random") or {})
+        for device in self.devices:
+            device.set_random_state(extras.get("random") or {})
 
     def gather(self, value: JSON) -> list[JSON]:
         return [value]
@@ -165,21 +184,28 @@ class ManualEngine:
         return flag
 
     def synchronize(self) -> None:
-        self.device.synchronize()
+        for device in self.devices:
+            device.synchronize()
 
     def close(self) -> None:
         self.weights.clear_gradients()
 
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        target = self.device.torch_device
+    def _autocast(self) -> AbstractContextManager[None]:
+        return autocast(self.precision, [device.torch_device for device in self.devices])
+
+    def _saved_tensors(self) -> AbstractContextManager[None]:
+        return activations_on_host(self.model) if self.parks_activations else nullcontext()
+
+    def _bring_home(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
-        return tokens.to(target, non_blocking=True), targets.to(target, non_blocking=True)
+        return tokens.to(self.home, non_blocking=True), targets.to(self.home, non_blocking=True)
 
     @contextmanager
     def _watch_memory(self, before_update: bool) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not self.device.is_out_of_memory(error):
+            full = next((device for device in self.devices if device.is_out_of_memory(error)), None)
+            if full is None:
                 raise
-            raise OutOfMemory(str(self.device.torch_device), self.memory(), before_update) from error
+            raise OutOfMemory(str(full.torch_device), self.memory(), before_update) from error

@@ -9,7 +9,7 @@ from torch import nn
 
 from xtrain.contract import StateKind, StateReader, StateTensor
 
-from .precision import Weights
+from .weights import Weights
 
 MOMENTS: dict[str, StateKind] = {
     "exp_avg": "exp_avg",

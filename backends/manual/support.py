@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 from xtrain.spec.keys import refusals
+from xtrain.spec.tree import Offload
+from xtrain.techniques.checkpointing import recomputes
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 REFUSED = {
-    "model.blocks": "leave it out",
     "train.compile": "use false",
-    "memory.checkpointing": "use none",
-    "memory.offload": "use none",
-    "manual": "leave the section out",
 }
 """Keys whose technique comes later, with what to do until then."""
 
+MAIN = "main"
+DEVICE_NAME = re.compile(rf"{MAIN}|cpu|mps|cuda(:\d{{1,3}})?")
+
 
 def find_problems(spec: Spec, world: int, device: str) -> list[Problem]:
-    return [*refusals(spec, REFUSED), *_world(world, device), *_precision(spec), *_memory(spec)]
+    return [
+        *refusals(spec, REFUSED),
+        *_world(world, device),
+        *_precision(spec),
+        *_memory(spec),
+        *_offload(spec),
+        *_devices(spec),
+    ]
 
 
-def find_notes(spec: Spec) -> list[str]:
+def device_names(spec: Spec, main: str) -> list[str]:
+    """The devices that have the model's layers, in order; `main` is the backend's own."""
+    named = spec.manual.devices if spec.manual else None
+    if named is None:
+        sharded = spec.memory != "auto" and spec.memory.sharding == "parameters"
+        named = [MAIN, "cpu"] if sharded else [MAIN]
+    return [main if name == MAIN else name for name in named]
+
+
+def offload_of(spec: Spec) -> Offload:
+    return Offload() if spec.memory == "auto" else spec.memory.offload
+
+
+def find_notes(spec: Spec, main: str) -> list[str]:
     """What is honoured by having nothing to do."""
     notes = []
+    names = device_names(spec, main)
+    if len(names) > 1 and len(set(names)) == 1:
+        notes.append(f"layers over devices: all of them are {names[0]}, so no memory is saved")
     if spec.memory != "auto" and spec.memory.sharding in ("optimizer", "gradients"):
         notes.append(
             f"memory.sharding: {spec.memory.sharding} does nothing here: "
             "one process has nothing to shard it over"
         )
+    if offload_of(spec) != Offload() and set(names) == {"cpu"}:
+        notes.append("memory.offload does nothing here: the device is the CPU")
+    if spec.model.blocks is not None and not recomputes(spec) and len(names) == 1:
+        notes.append("model.blocks is not used: nothing in this spec works on single blocks")
     if spec.deepspeed is not None:
         notes.append("the deepspeed section is for another backend and is not used")
     return notes
@@ -54,5 +84,26 @@ def _precision(spec: Spec) -> Iterator[Problem]:
 def _memory(spec: Spec) -> Iterator[Problem]:
     if spec.memory == "auto":
         yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")
-    elif spec.memory.sharding == "parameters":
-        yield Problem("memory.sharding", "parameters", "not built on this backend yet", "use none")
+
+
+def _offload(spec: Spec) -> Iterator[Problem]:
+    offload = offload_of(spec)
+    for name in Offload.model_fields:
+        if getattr(offload, name).device == "nvme":
+            expected = "this backend offloads to the CPU only"
+            yield Problem(f"memory.offload.{name}", "nvme", expected, "use cpu, or --backend deepspeed")
+    if offload.parameters.device == "cpu":
+        yield Problem(
+            "memory.offload.parameters",
+            "cpu",
+            "this backend computes a layer where its weights are: it does not carry them to and fro",
+            "leave it out: memory.sharding: parameters puts the layers that do not fit on the CPU",
+        )
+
+
+def _devices(spec: Spec) -> Iterator[Problem]:
+    for name in (spec.manual.devices if spec.manual else None) or []:
+        if not DEVICE_NAME.fullmatch(name):
+            expected = "expected main (the backend's own device), cpu, mps, cuda, or one of several: cuda:1"
+            close = get_close_matches(name, (MAIN, "cpu", "mps", "cuda"), n=1)
+            yield Problem("manual.devices", name, expected, f"use {close[0] if close else MAIN}")

@@ -175,8 +175,20 @@ EVERYWHERE = {
     "log.every_steps": "loop",
     "log.trackers": "trackers",
 }
+RECOMPUTING = [key for key in SET if key.startswith("memory.checkpointing.")]
 HONOURED = {
-    "cpu": {**EVERYWHERE, "memory.sharding": "noted", "deepspeed": "noted"},
+    "cpu": {
+        **EVERYWHERE,
+        "memory.sharding": "noted",
+        "model.blocks": "noted",  # and used, where blocks are recomputed or on several devices
+        **dict.fromkeys(RECOMPUTING, "engine"),
+        "memory.offload.optimizer.device": "noted",
+        "memory.offload.gradients.device": "noted",
+        "memory.offload.activations.device": "noted",
+        "manual.devices": "engine",
+        "manual.split": "engine",
+        "deepspeed": "noted",
+    },
     "deepspeed": {
         **EVERYWHERE,
         "memory.sharding": "ds_config",

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from backends.manual.optimizer import build_optimizer
-from backends.manual.precision import Weights, hold_weights
+from backends.manual.precision import round_weights
 from backends.manual.state import export_state, import_state, optimizer_steps, set_optimizer_steps
+from backends.manual.weights import Weights
 from xtrain.contract import StateKind
 from xtrain.spec.tree import SGD, AdamW, Optimizer, Precision
 
@@ -58,7 +59,8 @@ class Training:
     def __init__(self, section: Optimizer, seed: int, precision: Precision = FP32) -> None:
         torch.manual_seed(seed)
         self.model = Model()
-        self.weights: Weights = hold_weights(self.model, precision)
+        round_weights(self.model, precision)
+        self.weights = Weights(self.model)
         self.optimizer = build_optimizer(section, self.weights.updated, Source(), fused=False)
 
     def update(self, times: int = 1) -> Training:

@@ -76,6 +76,8 @@ class Training:
         default_factory=lambda: {"preset": "gpt2-nano", "layers": 2, "hidden": 64, "heads": 2}
     )
     stability: Section | None = None
+    memory: Section = field(default_factory=dict)
+    manual: Section | None = None
     eval_every: int = 0
     gradient_factors: Mapping[int, float] = field(default_factory=dict)
     loss_factors: Mapping[int, float] = field(default_factory=dict)
@@ -97,7 +99,9 @@ class Training:
                 "sharding": lane.sharding,
                 "offload": dict.fromkeys(lane.offload, "cpu"),
                 "loss_chunk": self.loss_chunk,
+                **self.memory,
             },
+            "manual": self.manual,
         }
         wrong_rank = None if self.wrong_rank is None else self.wrong_rank % lane.world
         return Case(

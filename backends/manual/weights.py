@@ -1,0 +1,87 @@
+"""What the model computes with, and what the optimizer updates: one and the same where it can be.
+
+A weight has an fp32 *master copy* for the optimizer where it has 16 bits itself (precision.py), or where the
+optimizer is on the CPU and the weight is not (offload). Both ask the same: gradients go to the masters
+before an update, and the updated masters come back, rounded, after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from xtrain.spec.tree import Offload
+
+from .gradients import HostGradients
+from .transfers import HOST
+
+
+class Weights:
+    """The trained weights of a model. The optimizer must be built over `updated`.
+
+    Masters start from the rounded weights, as DeepSpeed's do: both agree from the first step on.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer_on: torch.device | None = None, on_host: HostGradients | None = None
+    ) -> None:
+        """`optimizer_on`: the device of all that is updated; None leaves each beside its weight.
+
+        `on_host` has the gradients; None where they stay on the weights.
+        """
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.updated = {name: _updated(p, optimizer_on or p.device) for name, p in self.trained.items()}
+        self.on_host = on_host
+
+    def gradients(self) -> list[torch.Tensor]:
+        """fp32, on the tensors that the optimizer updates; parameters without a gradient left out.
+
+        One at a time changes its place: at no moment are there two whole sets.
+        """
+        for name, parameter in self.trained.items():
+            gradient = self.on_host.take(parameter) if self.on_host else parameter.grad
+            if gradient is not None:
+                parameter.grad = None
+                updated = self.updated[name]
+                updated.grad = gradient.to(updated.device).float()
+        return [p.grad for p in self.updated.values() if p.grad is not None]
+
+    def held_gradients(self) -> list[torch.Tensor]:
+        """Those that exist now, wherever they are."""
+        weights = (*self.trained.values(), *self.updated.values())
+        on_host = self.on_host.sums.values() if self.on_host else ()
+        return [*(p.grad for p in weights if p.grad is not None), *on_host]
+
+    def masters(self) -> list[nn.Parameter]:
+        """fp32 copies beside the model's own weights."""
+        return [master for _, master in self._copied()]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Make the update visible to the model."""
+        if copied := self._copied():
+            weights, masters = zip(*copied, strict=True)
+            torch._foreach_copy_(list(weights), list(masters))
+
+    def clear_gradients(self) -> None:
+        for parameter in (*self.trained.values(), *self.updated.values()):
+            parameter.grad = None
+        if self.on_host:
+            self.on_host.clear()
+
+    def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weights and their masters, where there are two."""
+        pairs = zip(self.trained.values(), self.updated.values(), strict=True)
+        return [(weight, master) for weight, master in pairs if weight is not master]
+
+
+def _updated(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if parameter.dtype == torch.float32 and parameter.device == device:
+        return parameter
+    return nn.Parameter(parameter.detach().to(device).float())
+
+
+def hold_weights(model: nn.Module, offload: Offload) -> Weights:
+    """The weights of a model whose parts are where they are to be, with what of them is on the CPU."""
+    on_host = HostGradients(model.parameters()) if offload.gradients.enabled else None
+    return Weights(model, HOST if offload.optimizer.enabled else None, on_host)
