@@ -34,7 +34,7 @@ from xtrain.ledger import count_bytes
 from . import state
 from .construct import bound_gathering, build
 from .drive import Drive
-from .environment import device_of, require_fp16, start_process_group
+from .environment import collective_timeout, device_of, require_fp16, start_process_group
 from .holdings import holdings
 from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
@@ -57,7 +57,8 @@ class DeepSpeedEngine:
         self.asynchronous = self.device.type != "cpu"
         if not self.asynchronous:
             keep_freed_memory()
-        start_process_group(job, self.device)
+        timeout = collective_timeout(spec.launch.hang_minutes)
+        start_process_group(job, self.device, timeout)
         fp16 = spec.precision.dtype == "fp16"
         if fp16:
             require_fp16(self.device)
@@ -74,7 +75,7 @@ class DeepSpeedEngine:
         if self.stage == 3:
             bound_gathering(self.engine)
         self._vetoed = False
-        self._votes = Votes(job.world)
+        self._votes = Votes(job.world, timeout)
         self.scaler = DeferredGrowth(self.engine.optimizer.loss_scaler) if fp16 else None
         torch.manual_seed(spec.train.seed + job.rank)  # dropout, from here on
         self.engine.train()

@@ -132,7 +132,17 @@ def device_of(job: Job) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def start_process_group(job: Job, device: torch.device) -> None:
+def collective_timeout(hang_minutes: float | None) -> timedelta:
+    """How long a reduction waits for a rank: longer than the watchdog, which says more when it ends a run.
+
+    At least torch's own half hour: building and loading are not watched. None: practically for ever.
+    """
+    if hang_minutes is None:
+        return timedelta(days=365)
+    return max(timedelta(minutes=30), timedelta(minutes=hang_minutes + 5))
+
+
+def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> None:
     """Join the job's processes; alone, be a job of one (DeepSpeed would look for MPI otherwise)."""
     import torch.distributed as dist
 
@@ -153,7 +163,8 @@ def start_process_group(job: Job, device: torch.device) -> None:
         for folder in _operators_folders():
             clear_stale_locks(folder, _say)
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
-            deepspeed.init_distributed(dist_backend=COLLECTIVES[device.type], verbose=False)
+            backend = COLLECTIVES[device.type]
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
         atexit.register(_leave_together)
 

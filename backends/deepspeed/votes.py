@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -9,9 +11,9 @@ import torch.distributed as dist
 class Votes:
     """The reduction of one call is waited for at the next: by then it is long done."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, timeout: timedelta) -> None:
         self._world = world
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
