@@ -64,6 +64,7 @@ class HuggingFaceSource:
                 )
             self.notes = [self.dropout_note] if self.dropout_note else []
             self._note_padding(model)
+            self._note_blocks(model)
             return self._adapted(model).train()
 
     def _adapted(self, model: nn.Module) -> nn.Module:
@@ -166,6 +167,17 @@ class HuggingFaceSource:
             self.notes.append(
                 f"model.hf: symbol {symbol} is the model's padding (pad_token_id): as an input its "
                 "embedding is not trained"
+            )
+
+    def _note_blocks(self, model: nn.Module) -> None:
+        from xtrain.models.blocks import find_blocks
+
+        try:
+            find_blocks(model, self.spec.model.blocks)
+        except RequestError:
+            self.notes.append(
+                "model.hf: its blocks cannot be found; memory.checkpointing and layers over devices need "
+                "their path in model.blocks"
             )
 
     def _note_whole_logits(self, why: str) -> None:
