@@ -320,12 +320,14 @@ def doctor(
 
 
 @main.command()
+@click.argument("spec", required=False, type=click.Path(path_type=Path))
+@SET
 @click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
 @click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
 @click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
-@click.option("--gpus", type=click.IntRange(min=1), default=4, show_default=True, help="Per node.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Per node.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--device-memory", default="80GB", show_default=True, help="Of one GPU, such as 24GiB.")
+@click.option("--device-memory", help="Of one device, such as 24GiB; 80GB with --advise.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
 @click.option("--seq", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens.")
 @click.option("--hidden", type=click.IntRange(min=1), default=4096, show_default=True)
@@ -333,11 +335,38 @@ def doctor(
 @click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", help="Of a number.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, in bytes.")
-def plan(formula: str | None, advise: bool, as_json: bool, **question: Any) -> None:
-    """Estimate before training: what memory it takes, and how to divide it over a cluster."""
-    from xtrain.plan.command import answer
+def plan(
+    spec: Path | None,
+    overrides: tuple[str, ...],
+    formula: str | None,
+    advise: bool,
+    device_memory: str | None,
+    as_json: bool,
+    **question: Any,
+) -> None:
+    """Estimate before training: the memory of SPEC, or of any size, and how to divide it over a cluster.
 
-    click.echo(answer(formula, advise, as_json, **question))
+    With SPEC: bytes by category at the peak of a step, the ladder of techniques, ZeRO's stages, and with
+    --device-memory what fits.
+    """
+    from xtrain.errors import RequestError
+    from xtrain.plan import command as room
+
+    if spec is not None:
+        if formula is not None or advise:
+            raise RequestError("xtrain plan: expected one of SPEC, --formula and --advise")
+        world = question["gpus"] * question["nodes"]
+        click.echo(room.answer_spec(spec, overrides, world, device_memory, as_json))
+        return
+    click.echo(
+        room.answer(
+            formula,
+            advise,
+            as_json,
+            device_memory="80GB" if device_memory is None else device_memory,
+            **question,
+        )
+    )
 
 
 main.add_command(checkpoint)

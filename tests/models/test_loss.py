@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from xtrain.contract import IGNORED_TARGET
-from xtrain.models.loss import LossChunk, projected_cross_entropy_sum
+from xtrain.models.loss import projected_cross_entropy_sum
+from xtrain.models.loss_chunk import LossChunk
 
 TOKENS, WIDTH, VOCABULARY = (4, 32), 16, 50
 

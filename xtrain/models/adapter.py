@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from xtrain.errors import RunFailed, described
-from xtrain.models.loss import PLAIN, LogitForm, LossChunk, cross_entropy_sum, projected_cross_entropy_sum
+from xtrain.models.loss import PLAIN, LogitForm, cross_entropy_sum, projected_cross_entropy_sum
+from xtrain.models.loss_chunk import LossChunk
 
 
 class Adapter(nn.Module):

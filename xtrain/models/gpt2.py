@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xtrain.models.loss import LossChunk, projected_cross_entropy_sum
+from xtrain.models.loss import projected_cross_entropy_sum
+from xtrain.models.loss_chunk import LossChunk
 from xtrain.models.presets import Dimensions
 
 NORM_EPS = 1e-5

@@ -9,19 +9,13 @@ Nothing is computed twice: the backward pass only multiplies by the incoming gra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from xtrain.contract import IGNORED_TARGET
-
-AUTO_CHUNK_BYTES = 128 * 2**20
-"""fp32 logits of one chunk under `loss_chunk: auto`, at most."""
-AUTO_CHUNK_TOKENS = 2048
-"""And its tokens: enough for a full matrix product, too few to overflow an fp16 sum over them."""
-
-LossChunk = int | Literal["auto", "none"]
+from xtrain.models.loss_chunk import LossChunk, chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -64,13 +58,12 @@ def projected_cross_entropy_sum(
     hidden [..., width], weight [vocabulary, width], targets [...] with IGNORED_TARGET, bias
     [vocabulary]; `chunk` is the number of tokens whose logits exist at one time, or "none" for all.
     """
-    if chunk == "none":
+    tokens = chunk_tokens(chunk, weight.shape[0])
+    if tokens is None:
         return cross_entropy_sum(form.apply(F.linear(hidden, weight, bias).float()), targets)
-    if chunk == "auto":
-        chunk = max(1, min(AUTO_CHUNK_TOKENS, AUTO_CHUNK_BYTES // (4 * weight.shape[0])))
     rows = hidden.flatten(0, -2)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, targets.flatten(), chunk, form
+        rows, weight, bias, targets.flatten(), tokens, form
     )
     return loss
 
@@ -113,10 +106,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if bias_grad is not None:
                     bias_grad += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
+                del output  # in 16 bits the gradient has memory of its own now
                 if hidden_grad is not None:
                     hidden_grad[rows] = gradient @ projection
                 if weight_grad is not None:
                     _add_product(weight_grad, gradient.t(), inputs)
+                del gradient  # before the next chunk's
         ctx.gradients = hidden_grad, weight_grad, bias_grad
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -140,10 +135,13 @@ def _loss_and_gradient(
     slope = form.slope(logits)
     counted = (targets != IGNORED_TARGET).unsqueeze(1)
     index = targets.clamp(min=0).unsqueeze(1)
-    norm = logits.logsumexp(dim=1, keepdim=True)
-    losses = ((norm - logits.gather(1, index)) * counted).sum()
-    gradient = logits.sub_(norm).exp_()
-    gradient.scatter_add_(1, index, torch.full_like(norm, -1.0))
+    target_logits = logits.gather(1, index)
+    largest = logits.amax(dim=1, keepdim=True)
+    gradient = logits.sub_(largest).exp_()  # in place: nothing else of this size is made
+    total = gradient.sum(dim=1, keepdim=True)
+    losses = ((total.log() + largest - target_logits) * counted).sum()
+    gradient.div_(total)
+    gradient.scatter_add_(1, index, torch.full_like(total, -1.0))
     gradient = gradient.mul_(counted)
     return losses, gradient if form == PLAIN else gradient.mul_(slope)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from xtrain.models.gpt2 import GPT2
-    from xtrain.models.loss import LossChunk
+    from xtrain.models.loss_chunk import LossChunk
 
 
 class NotedSource(ModelSource, Protocol):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from tabulate import tabulate
 
+from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.errors import RequestError
 from xtrain.plan.advice import Advice, Cluster, Shape, advise
 from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
+from xtrain.plan.ladder import Plan, Rung, make_plan
+from xtrain.spec import load_spec
+from xtrain.summary import format_bytes
 
 DIVISORS = {"GB": 1e9, "GiB": float(1 << 30), "x": 1.0}
 UNITS = {
@@ -22,6 +27,15 @@ UNITS = {
     "TB": 1e12,
     "TIB": float(1 << 40),
 }
+
+
+def answer_spec(
+    path: Path, overrides: Sequence[str], world: int, device_memory: str | None, as_json: bool
+) -> str:
+    """The plan of a spec on `world` processes, as text."""
+    device_bytes = parse_bytes(device_memory) if device_memory is not None else None
+    plan = make_plan(load_spec(path, overrides, world), world, device_bytes)
+    return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, world)
 
 
 def answer(
@@ -42,7 +56,7 @@ def answer(
 ) -> str:
     """Raises RequestError for a question that is none."""
     if (formula is None) is not wants_advice:
-        raise RequestError("xtrain plan: expected either --formula NAME or --advise")
+        raise RequestError("xtrain plan: expected a SPEC, --formula NAME or --advise")
     if not 0 < params < float("inf"):
         raise RequestError(f"--params: found {params:g}, expected a number above 0, such as 7e9")
     found: Advice | Estimate
@@ -89,3 +103,58 @@ def render_advice(found: Advice) -> str:
     figures = tabulate(list(found.figures.items()), tablefmt="plain", disable_numparse=True)
     reasons = [f"- {reason}" for reason in found.reasons]
     return "\n".join([f"{found.degrees}, sharding: {found.zero}", "", *reasons, "", figures])
+
+
+def render_plan(plan: Plan, world: int) -> str:
+    """Categories at the peak and at rest, then each table with what fits."""
+    categories = [
+        (name, format_bytes(plan.peak.bytes[name]), format_bytes(plan.rest[name]))
+        for name in MEMORY_CATEGORIES
+        if plan.peak.bytes[name] or plan.rest[name]
+    ]
+    total = ("total", format_bytes(plan.peak.total), format_bytes(plan.rest.total()))
+    processes = f"{world} process{'es' if world > 1 else ''}"
+    parts = [
+        f"{plan.model}: {plan.parameters:,} parameters, accumulation {plan.accumulation} on {processes}",
+        _table([*categories, total], ["", f"at the peak ({plan.peak.name})", "between steps"]),
+        "The ladder: each rung with those above it.",
+        _table(_rungs(plan.rungs), ["", "peak", "at", ""]),
+        "Sharded over the processes, per process (gathered blocks and buckets not counted).",
+        _table(_stages(plan), ["memory.sharding", "peak", "", "sent per step"]),
+    ]
+    if plan.largest_micro is not None:
+        largest = plan.largest_micro
+        parts.append(f"Largest batch.micro that fits: {largest or 'none, not even 1'}")
+    parts.append("Bytes of live tensors; the allocator's slack and the runtime come on top.")
+    return "\n\n".join(parts)
+
+
+def _rungs(rungs: Sequence[Rung]) -> list[tuple[str, ...]]:
+    """The first that fits is marked."""
+    first = next((rung for rung in rungs if rung.fits), None)
+    return [
+        (rung.name, format_bytes(rung.peak.total), rung.peak.name, _verdict(rung, rung is first))
+        for rung in rungs
+    ]
+
+
+def _verdict(rung: Rung, is_first: bool) -> str:
+    if rung.fits is None:
+        return ""
+    return ("fits: the first" if is_first else "fits") if rung.fits else "does not fit"
+
+
+def _stages(plan: Plan) -> list[tuple[str, ...]]:
+    return [
+        (
+            rung.name,
+            format_bytes(rung.peak.total),
+            _verdict(rung, False),
+            format_bytes(plan.sent_bytes[rung.name]),
+        )
+        for rung in plan.stages
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
