@@ -106,19 +106,25 @@ class Step:
 
     def _loss(self, gradients: int) -> Categories:
         kept = self.kept
-        copies = self.projection * 2 + kept.tokens * self.size.hidden * 2 if self.widths.autocast else 0
+        activations = self._forward_kept() + self._copies_of_the_pass()
         if self.chunk is None:
-            normed = kept.tokens * self.size.hidden * self.widths.compute
-            activations = self._forward_kept() + normed + (self.projection * 2 if self.widths.autocast else 0)
-        else:
-            # Beside what is kept: the normed stream, its gradient, and that of the tied matrix.
-            activations = self._forward_kept() + 2 * kept.stream + self.projection * FP32 + copies
+            activations += kept.tokens * self.size.hidden * self.widths.compute  # the normed stream
+        else:  # and its gradient, and that of the tied matrix
+            activations += 2 * kept.stream + self.projection * FP32
+            activations += kept.tokens * self.size.hidden * 2 if self.widths.autocast else 0
         return Counter(
             gradients=gradients,
             activations=activations,
             logits=kept.logits(self.chunk),
             other=kept.ids,
         )
+
+    def _copies_of_the_pass(self) -> int:
+        """16-bit copies that autocast holds to the end of the pass: the head's, and of blocks to be recomputed."""
+        if not self.widths.autocast:
+            return 0
+        recomputed = sum(scope.blocks for scope in self.scopes() if scope.recomputed)
+        return 2 * self.projection + recomputed * self.kept.weight_copies
 
     def _plain_loss_backward(self, gradients: int) -> Categories:
         """Log-probabilities, the gradient of each, and that of each logit."""
