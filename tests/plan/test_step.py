@@ -104,7 +104,7 @@ def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> No
     for micro in (1, 2, 4, 8):
         told = json.loads(plan(spec, "--json", "--set=batch.global=8", f"--set=batch.micro={micro}").stdout)
         totals[micro] = sum(told["peak_bytes"].values())
-    memory = f"{totals[4] / 2**20:.6f}MiB"
+    memory = f"{(totals[4] + 1) / 2**20:.9f}MiB"
     assert json.loads(plan(spec, *words, "--device-memory", memory, "--json").stdout)["largest_micro"] == 4
     assert "Largest batch.micro that fits: none" in plan(spec, *words, "--device-memory", "0.1MB").stdout
 

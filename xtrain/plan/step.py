@@ -120,7 +120,7 @@ class Step:
         )
 
     def _copies_of_the_pass(self) -> int:
-        """16-bit copies that autocast holds to the end of the pass: the head's, and of blocks to be recomputed."""
+        """16-bit copies that autocast holds to the end of the pass: the head's, and of recomputed blocks."""
         if not self.widths.autocast:
             return 0
         recomputed = sum(scope.blocks for scope in self.scopes() if scope.recomputed)
