@@ -13,6 +13,8 @@ from tests.conformance.worker import Collector
 from tests.simulated.backend import Simulated, _devices
 from tests.simulated.counting import MEMORY
 from tests.simulated.test_manual_engine import spec_of, start
+from tests.simulated.test_placement import WAYS
+from tests.simulated.test_placement import spec_of as placed
 from tests.small_runs import checkpoints, run, steps, weights
 from xtrain.contract import Backend, StepMemory
 from xtrain.data import open_data
@@ -42,6 +44,22 @@ def test_the_categories_add_up_to_the_device_s_own_count(simulated: Backend, pre
     total = sum(memory.peaks["sim:0"].values())
     assert memory.step == 2
     assert 0.98 * peak_bytes <= total <= peak_bytes  # what a composite kernel holds inside is not seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_they_do_so_with_every_way_of_placing_things(simulated: Backend, way: str) -> None:
+    memory, peak_bytes = audited(simulated, placed(WAYS[way]))
+    total = sum(memory.peaks["sim:0"].values())
+    assert 0.97 * peak_bytes <= total <= peak_bytes
+
+
+def test_what_is_elsewhere_is_counted_there(simulated: Backend) -> None:
+    memory, _ = audited(simulated, placed(WAYS["all"]))
+    device, host = memory.peaks["sim:0"], memory.peaks["cpu"]
+    assert "optimizer" not in device
+    assert host["optimizer"] > 2 * (device["parameters"] + host["parameters"]) - 1024
+    assert host["gradients"] >= device["parameters"] + host["parameters"] > device.get("gradients", 0) * 4
+    assert min(device["activations"], host["activations"]) > 0
 
 
 def test_master_weights_and_their_halves_are_told_apart(simulated: Backend) -> None:
