@@ -60,13 +60,13 @@ class Case:
 class Runner:
     """Starts measured programs on one workload, one at a time, each in a process of its own."""
 
-    def __init__(self, case: Case, load: Workload, folder: Path, threads: int) -> None:
+    def __init__(self, backend: str, load: Workload, folder: Path, threads: int) -> None:
         self.folder = folder
         self.environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "DS_ACCELERATOR": "cpu",
-            "BENCHMARK_BACKEND": case.backend,
+            "BENCHMARK_BACKEND": backend,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
         }
         workload.write(folder, load)
@@ -89,7 +89,7 @@ class Runner:
 def measure_speed(case: Case, rounds: int, threads: int) -> tuple[list[Measured], list[Measured]]:
     """(A, B) with rounds + 1 and rounds runs."""
     with TemporaryDirectory() as folder:
-        runner = Runner(case, case.workload, Path(folder), threads)
+        runner = Runner(case.backend, case.workload, Path(folder), threads)
         baseline, ours = [runner.run(case.baseline)], []
         for number in range(rounds):
             ours.append(runner.run("xtrain_run"))
@@ -102,7 +102,7 @@ def measure_memory(case: Case, threads: int) -> tuple[list[Measured], list[Measu
     """(A, B) in short runs that import beforehand what they imported in a run before."""
     load = replace(case.workload, steps=MEMORY_STEPS)
     with TemporaryDirectory() as folder:
-        runner = Runner(case, load, Path(folder), threads)
+        runner = Runner(case.backend, load, Path(folder), threads)
 
         def runs(program: str) -> list[Measured]:
             modules = runner.run(program).modules

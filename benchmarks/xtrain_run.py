@@ -1,6 +1,7 @@
 """`xtrain run` on a workload, in this process, so that its memory can be counted above the imports.
 
-Which backend: the environment variable BENCHMARK_BACKEND. Speed and losses come from metrics.jsonl, the
+Which backend: the environment variable BENCHMARK_BACKEND. BENCHMARK_SETTINGS holds what `--set` is to
+change, as a JSON object of dotted keys and values. Speed and losses come from metrics.jsonl, the
 seconds of all training from record.json.
 """
 
@@ -20,8 +21,10 @@ assert torch  # the command imports it late; here it belongs to the imports
 
 def train(folder: Path) -> measured.Training:
     backend, out = os.environ["BENCHMARK_BACKEND"], folder / f"run-{os.getpid()}"
+    settings = json.loads(os.environ.get("BENCHMARK_SETTINGS", "{}"))
+    changed = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     try:
-        main(["run", str(folder / "spec.yaml"), "--backend", backend, "--out", str(out)])
+        main(["run", str(folder / "spec.yaml"), "--backend", backend, "--out", str(out), *changed])
     except SystemExit as end:
         if end.code:
             raise

@@ -30,6 +30,7 @@ from xtrain.contract import (
     Trace,
 )
 from xtrain.ledger import count_bytes
+from xtrain.techniques.checkpointing import checkpoint_activations
 
 from . import state
 from .construct import bound_gathering, build
@@ -66,6 +67,7 @@ class DeepSpeedEngine:
         self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
         built = build(source, self.drive.config, self.stage)
         self.parameter_count = built.parameter_count
+        checkpoint_activations(built.model, spec)
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
         self.optimizer = build_optimizer(spec.optimizer, built.model, built.decayed)

@@ -49,6 +49,8 @@ CANCELLED = "the engine cancels DeepSpeed's divisions, and counts on their being
 ANOTHER = "it changes what is learned, and this spec would no longer say what was trained"
 NOT_DRIVEN = "xtrain does not drive this part of DeepSpeed"
 TRACKERS = "use log.trackers"
+RECOMPUTED = "xtrain recomputes blocks itself, without deepspeed.checkpointing"
+UNDIVIDED = f"{RECOMPUTED}, which divides their inputs over tensor-parallel ranks only"
 FIXED = {
     "zero_optimization.memory_efficient_linear": "it replaces torch's linear in the whole process",
     "zero_optimization.zero_quantized_weights": ANOTHER,
@@ -62,6 +64,10 @@ FIXED = {
     "zero_optimization.load_from_fp32_weights": "xtrain saves and loads",
     "zero_allow_untested_optimizer": "xtrain passes torch's optimizer",
     "zero_force_ds_cpu_optimizer": "xtrain passes torch's optimizer; DeepSpeed's agrees only to about 6e-5",
+    "activation_checkpointing.partition_activations": UNDIVIDED,
+    "activation_checkpointing.contiguous_memory_optimization": UNDIVIDED,
+    "activation_checkpointing.synchronize_checkpoint_boundary": RECOMPUTED,
+    "activation_checkpointing.profile": RECOMPUTED,
     "prescale_gradients": CANCELLED,
     "gradient_predivide_factor": CANCELLED,
     "gradient_allreduce_op": CANCELLED,

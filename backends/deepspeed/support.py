@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
 from xtrain.spec.keys import printed, refusals
+from xtrain.techniques.checkpointing import recomputes
 
 from .apple import mac_notes, mac_problems, macos_version, on_mac
 from .nvme import nvme_problems
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 REFUSED = {
-    "model.blocks": "leave it out",
     "train.compile": "use false",
-    "memory.checkpointing": "use none",
     "memory.offload.activations": "use none",
 }
 """Keys whose technique comes later, with what to do until then."""
@@ -61,6 +60,8 @@ def find_notes(spec: Spec) -> list[str]:
             "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
             "gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known beforehand"
         )
+    if spec.model.blocks is not None and not recomputes(spec):
+        notes.append("model.blocks is not used: nothing in this spec works on single blocks")
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes

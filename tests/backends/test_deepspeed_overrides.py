@@ -103,6 +103,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled", "precision"),
     ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled", "precision"),
     ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast.enabled", "precision"),
+    (
+        {"activation_checkpointing": {"cpu_checkpointing": True}},
+        "deepspeed.activation_checkpointing.cpu_checkpointing",
+        "memory.offload.activations",
+    ),
+    (
+        {"activation_checkpointing": {"number_checkpoints": 2}},
+        "deepspeed.activation_checkpointing.number_checkpoints",
+        "memory.checkpointing.number",
+    ),
     ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer.type", "optimizer"),
     ({"scheduler": {"params": {"total_num_steps": 5}}}, "deepspeed.scheduler.params", "schedule"),
 ]
@@ -125,6 +135,12 @@ def test_what_repeats_the_spec_is_no_contradiction() -> None:
     assert config_with(repeated) == config_with({})
 
 
+def test_a_number_of_groups_that_repeats_the_spec_is_no_contradiction() -> None:
+    repeated = {"activation_checkpointing": {"number_checkpoints": 2}}
+    memory = {"checkpointing": {"number": 2}}
+    assert config_with(repeated, memory=memory) == config_with({}, memory=memory)
+
+
 def test_a_repeated_clip_is_not_applied_twice_at_stage_0() -> None:
     assert config_with({"gradient_clipping": 1.0})["gradient_clipping"] == 0.0
 
@@ -137,6 +153,8 @@ def test_a_repeated_clip_is_not_applied_twice_at_stage_0() -> None:
         {"prescale_gradients": True},
         {"tensorboard": {"enabled": True}},
         {"tensor_parallel": {"autotp_size": 2}},
+        {"activation_checkpointing": {"partition_activations": True}},
+        {"activation_checkpointing": {"profile": True}},
     ],
     ids=str,
 )

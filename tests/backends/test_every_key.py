@@ -161,6 +161,12 @@ EVERYWHERE = {
     "precision.hysteresis": "engine",
     "precision.min_loss_scale": "engine",
     "memory.loss_chunk": "model",
+    "memory.checkpointing.auto": "engine",
+    "memory.checkpointing.every": "engine",
+    "memory.checkpointing.number": "engine",
+    "memory.checkpointing.selective.ratio": "engine",
+    "memory.checkpointing.selective.ops": "engine",
+    "model.blocks": "noted",  # and used, where blocks are recomputed
     "checkpoint.every_steps": "checkpointer",
     "checkpoint.every_minutes": "checkpointer",
     "checkpoint.keep": "checkpointer",

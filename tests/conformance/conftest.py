@@ -14,7 +14,7 @@ import pytest
 from tests.conformance.cases import Case
 from tests.conformance.environment import ROOT, job_environment
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 
 Results = dict[str, Any]
 RunCases = Callable[[Sequence[Case], int], tuple[Results, Path]]

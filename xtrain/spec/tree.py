@@ -197,9 +197,9 @@ class Selective(Section):
     """Recompute only a share of the blocks, or only the cheap operations."""
 
     ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
-        None, description="share of the blocks"
+        None, description="recompute this share of the blocks, the first ones"
     )
-    ops: Literal["cheap"] | None = Field(None, description="cheap: all but matrix products")
+    ops: Literal["cheap"] | None = Field(None, description="cheap: all but matrix products and attention")
 
 
 class Checkpointing(Section):
@@ -207,7 +207,7 @@ class Checkpointing(Section):
 
     model_config = ConfigDict(json_schema_extra=words("none", "auto"))
 
-    auto: Flag = Field(False, description="the planner chooses")
+    auto: Flag = Field(False, description="as many groups as the square root of the number of blocks")
     every: Count | None = Field(None, description="blocks per group")
     number: Count | None = Field(None, description="groups")
     selective: Selective | None = Field(None, description="recompute only a part")
