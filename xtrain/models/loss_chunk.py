@@ -6,7 +6,7 @@ from typing import Literal
 
 AUTO_CHUNK_BYTES = 128 * 2**20
 """fp32 logits of one chunk under `loss_chunk: auto`, at most."""
-AUTO_CHUNK_TOKENS = 2048
+AUTO_CHUNK_TOKENS = 1024
 """And its tokens: enough for a full matrix product, too few to overflow an fp16 sum over them."""
 
 LossChunk = int | Literal["auto", "none"]
