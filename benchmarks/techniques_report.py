@@ -113,12 +113,12 @@ def markdown(
         f"- Machine: {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['platform']}; "
         f"{report['threads']} threads",
         f"- Versions: Python {machine['python']}, {versions}; commit {machine['git_commit']}",
-        f"- Command: `{report['command']}`; {report['rounds']} runs with each technique for its time",
+        f"- Command: `{report['command']}`",
     ]
     if memory:
         lines += ["", *memory_table(memory), "", *memory_bars(memory, judged, bars)]
     if speed:
-        lines += ["", *speed_table(speed)]
+        lines += ["", f"{report['rounds']} runs with each technique:", "", *speed_table(speed)]
     return "\n".join(lines) + "\n"
 
 
