@@ -85,13 +85,9 @@ MAPPING: dict[str, Row] = {
     "precision.loss_scale_window": Row(("fp16.loss_scale_window",), "the same scaler"),
     "precision.hysteresis": Row(("fp16.hysteresis",), "the same scaler"),
     "precision.min_loss_scale": Row(("fp16.min_loss_scale",), "the same scaler"),
-    "memory.checkpointing": Row(NOT_IN, "groups of layers under torch.utils.checkpoint, in place"),
-    "memory.checkpointing.every": Row(
-        ("activation_checkpointing.number_checkpoints",), "layers per group under torch.utils.checkpoint"
-    ),
-    "memory.checkpointing.number": Row(
-        ("activation_checkpointing.number_checkpoints",), "that many groups under torch.utils.checkpoint"
-    ),
+    "memory.checkpointing": Row(NOT_IN, "groups of blocks recomputed in place (xtrain/techniques)"),
+    "memory.checkpointing.every": Row(("activation_checkpointing.number_checkpoints",), "blocks per group"),
+    "memory.checkpointing.number": Row(("activation_checkpointing.number_checkpoints",), "that many groups"),
     "memory.sharding": Row(
         (f"{ZERO}.stage",), "one process has nothing to share out; parameters: layers over devices"
     ),
@@ -101,7 +97,8 @@ MAPPING: dict[str, Row] = {
     "memory.offload.optimizer.path": Row((f"{ZERO}.offload_optimizer.nvme_path",), "refused"),
     "memory.offload.gradients": Row(NOT_IN, "each gradient leaves as soon as it is there"),
     "memory.offload.parameters.device": Row(
-        (f"{ZERO}.offload_param.device",), "layers that are not in use wait on the CPU"
+        (f"{ZERO}.offload_param.device",),
+        "refused: layers over devices instead (memory.sharding: parameters)",
     ),
     "memory.offload.parameters.path": Row((f"{ZERO}.offload_param.nvme_path",), "refused"),
     "memory.offload.activations": Row(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "train.compile": "use false",
-    "memory.offload.activations": "use none",
+    "memory.offload.activations": "use memory.checkpointing",
 }
 """Keys whose technique comes later, with what to do until then."""
 
