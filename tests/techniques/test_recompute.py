@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.techniques.kept import kept_bytes
-from xtrain.techniques.checkpointing import keep_products
+from xtrain.techniques.products import is_dear, keep_products
 from xtrain.techniques.recompute import RecomputeGroup
 
 WIDTH, LAYERS = 16, 6
@@ -396,3 +396,43 @@ def test_an_error_in_the_forward_pass_leaves_the_group_usable() -> None:
     plain = make()
     torch.manual_seed(3)
     assert same(found, train(plain, chain))
+
+
+def test_what_only_one_pass_does_does_not_disturb_kept_products() -> None:
+    """As where weights lie elsewhere, and are fetched in one pass and still there in the other."""
+    expected = train(make(), chain)
+    blocks = make()
+    fetches: list[int] = []
+
+    def fetch(module: nn.Module, args: Any) -> None:
+        fetches.append(1)
+        if len(fetches) > len(blocks):
+            torch.stack([parameter.detach().sum() for parameter in module.parameters()])
+
+    for block in blocks:
+        RecomputeGroup([block], keep_products)
+        block.get_submodule("wide").register_forward_pre_hook(fetch)
+    assert same(train(blocks, chain), expected)
+    assert len(fetches) == 4 * len(blocks)  # two passes, each replayed
+
+
+class RectifiedInPlace(Block):
+    def forward(self, hidden: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        output: torch.Tensor = self.narrow(self.wide(hidden).relu_())
+        return output
+
+
+def test_a_kept_product_that_is_changed_in_place_is_noticed() -> None:
+    blocks = make(RectifiedInPlace)
+    for block in blocks:
+        RecomputeGroup([block], keep_products)
+    with pytest.raises(RuntimeError, match="a matrix product's output was changed in place"):
+        chain(blocks, make_input()).sum().backward()
+
+
+def test_attention_that_draws_its_dropout_is_computed_again() -> None:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    heads = torch.zeros(1, 1, 2, 4)
+    assert is_dear(attention, (heads, heads, heads), {})
+    assert not is_dear(attention, (heads, heads, heads, 0.1), {})
+    assert not is_dear(attention, (heads, heads, heads), {"dropout_p": 0.1})

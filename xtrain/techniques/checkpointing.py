@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xtrain.errors import RequestError
 from xtrain.spec.tree import Checkpointing, Spec
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from xtrain.techniques.recompute import Contexts
-
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-ATTENTION = "_scaled_dot_product"
-"""Operations of torch that `ops: cheap` keeps; the kernels of attention by the beginning of their name."""
 
 
 def recomputes(spec: Spec) -> bool:
@@ -30,6 +24,7 @@ def checkpoint_activations(model: nn.Module, spec: Spec) -> None:
     Raises RequestError where the blocks cannot be found, or are fewer than the spec supposes.
     """
     from xtrain.models.blocks import find_blocks
+    from xtrain.techniques.products import keep_products
     from xtrain.techniques.recompute import RecomputeGroup, keep_all
 
     if spec.memory == "auto" or not recomputes(spec):
@@ -61,20 +56,3 @@ def groups(chosen: Checkpointing, blocks: int) -> list[Sequence[int]]:
     number = chosen.number or round(math.sqrt(blocks))
     ends = [blocks * done // number for done in range(number + 1)]
     return [range(start, end) for start, end in pairwise(ends)]
-
-
-def keep_products() -> Contexts:
-    """Keep what matrix products and attention return: dear to compute, and no larger than the rest."""
-    from torch.utils.checkpoint import (
-        CheckpointPolicy,
-        SelectiveCheckpointContext,
-        create_selective_checkpoint_contexts,
-    )
-
-    def policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = op.overloadpacket.__name__
-        dear = name in PRODUCTS or name.startswith(ATTENTION)
-        return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-    forward, replay = create_selective_checkpoint_contexts(policy)
-    return forward, replay
