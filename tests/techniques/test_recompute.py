@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from tests.techniques.kept import kept_bytes
 from xtrain.techniques.products import is_dear, keep_products
-from xtrain.techniques.recompute import RecomputeGroup
+from xtrain.techniques.recompute import Pass, RecomputeGroup, keep_all
 
 WIDTH, LAYERS = 16, 6
 SHAPE = (4, 8, WIDTH)
@@ -436,3 +437,19 @@ def test_attention_that_draws_its_dropout_is_computed_again() -> None:
     assert is_dear(attention, (heads, heads, heads), {})
     assert not is_dear(attention, (heads, heads, heads, 0.1), {})
     assert not is_dear(attention, (heads, heads, heads), {"dropout_p": 0.1})
+
+
+def test_a_pass_is_freed_with_its_backward_without_waiting_for_the_collector() -> None:
+    for contexts in (keep_all, keep_products):
+        block = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        RecomputeGroup([block], contexts)
+        gc.collect()
+        gc.disable()
+        try:
+            before = sum(isinstance(one, Pass) for one in gc.get_objects())
+            for _ in range(3):
+                block(torch.randn(2, 4, requires_grad=True)).sum().backward()
+            left = sum(isinstance(one, Pass) for one in gc.get_objects()) - before
+        finally:
+            gc.enable()
+        assert left <= 1, contexts  # the last one, until its group is called again

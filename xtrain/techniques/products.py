@@ -37,18 +37,24 @@ class Output:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Output:
-        # Down here detach() would start a counter of its own, and changes in place would go unseen.
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            alone = tensor.detach()
-        return cls(alone, alone._version)
+        kept = alone(tensor)
+        return cls(kept, kept._version)
 
     def unchanged(self) -> torch.Tensor:
+        """Another one each time: what a replay is given becomes part of its graph, which must not be kept."""
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "a matrix product's output was changed in place, so it cannot be kept; "
                 "use memory.checkpointing: {every: 1}"
             )
-        return self.tensor
+        return alone(self.tensor)
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without a graph, counting changes in place together with `tensor`."""
+    # Down here detach() would start a counter of its own, and changes in place would go unseen.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 @dataclass(frozen=True)
