@@ -140,3 +140,16 @@ def test_deepspeed_gradients_are_right(spec: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "gradients are right" in done.stdout
+
+
+def test_a_backend_without_gradients_cannot_be_checked(spec: Path) -> None:
+    result = doctor("--grad-check", spec, "--backend", "null")
+    assert result.exit_code == 2
+    assert "backend null computes no gradients" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("--tolerance", "1"), ("--grad-check", "s.yaml", "--tolerance", "nan")])
+def test_a_tolerance_is_a_number_beside_a_check(words: tuple[str, ...]) -> None:
+    result = doctor(*words)
+    assert result.exit_code == 2
+    assert "expected a finite number beside --grad-check" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -307,6 +308,8 @@ def doctor(
     """
     from xtrain import doctor as room
 
+    if tolerance is not None and (checked is None or not math.isfinite(tolerance)):
+        raise RequestError(f"--tolerance: found {tolerance}, expected a finite number beside --grad-check")
     if checked is None:
         diagnosis = room.diagnose()
         click.echo(json.dumps(diagnosis.as_json(), indent=2) if as_json else room.render(diagnosis))
@@ -349,7 +352,6 @@ def plan(
     With SPEC: bytes by category at the peak of a step, the ladder of techniques, ZeRO's stages, and with
     --device-memory what fits.
     """
-    from xtrain.errors import RequestError
     from xtrain.plan import command as room
 
     if spec is not None:

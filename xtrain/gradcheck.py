@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xtrain.choose import choose
 from xtrain.contract import Batch, Engine, Job, ModelSource, StepInput
 from xtrain.data import open_data
+from xtrain.errors import RequestError
 from xtrain.models.source import model_source
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
@@ -100,6 +101,8 @@ def check_gradients(path: Path, overrides: Sequence[str], backend: str, toleranc
         loss, found = gradients_of_engine(engine, batch, targets)
     finally:
         engine.close()
+    if not found:
+        raise RequestError(f"--grad-check: backend {choice.backend.name} computes no gradients; use another")
     return GradCheck(
         choice.backend.name,
         choice.reason,

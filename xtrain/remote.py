@@ -14,7 +14,7 @@ from types import FrameType
 
 import psutil
 
-from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError
 
 SSH = ("ssh", "-o", "BatchMode=yes")
 SIGNALLED = 128
@@ -79,8 +79,10 @@ class Remote:
 
 def _start(host: str, command: str, ssh: Sequence[str] | None) -> subprocess.Popen[bytes]:
     words = ["sh", "-c", command] if ssh is None and is_here(host) else [*(ssh or SSH), host, command]
-    # A session of its own: a terminal's Ctrl-C comes here, and from here by the line.
-    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:  # A session of its own: a terminal's Ctrl-C comes here, and from here by the line.
+        return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    except OSError as error:
+        raise RequestError(f"{host}: cannot run {words[0]}: {error.strerror}; see --ssh") from error
 
 
 def is_here(host: str) -> bool:

@@ -47,6 +47,8 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
     load_spec(request.spec_path, request.overrides, world, None)  # a broken spec is refused once, not by each
     _require_folder(request)
     request = replace(request, processes=world)
+    if launcher == "deepspeed" and request.max_restarts:
+        raise RequestError("--max-restarts: the deepspeed launcher restarts nothing; use --with xtrain")
     start_id = secrets.token_hex(4)
     if launcher == "deepspeed":
         commands = {"any host": deepspeed_command(request, hosts, port, hostfile)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,8 @@ def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
         for key, schema in KINDS.items()
         if key in arguments and not fits(arguments[key], schema)
     ]
+    if arguments.get("bf16") is True and arguments.get("fp16") is True:
+        problems.append(Problem("bf16, fp16", "true", "expected at most one of them"))
     if problems:
         raise SpecError("the TrainingArguments", problems)
     tree: Tree = {}
@@ -126,8 +129,7 @@ def _optimizer(given: Mapping[str, Any], left_out: list[str]) -> Tree:
 
 def _schedule(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree:
     kind = given.get("lr_scheduler_type", "linear")
-    extra = given.get("lr_scheduler_kwargs") or {}
-    extra = extra if isinstance(extra, dict) else {}
+    extra = _scheduler_kwargs(given, kind, left_out)
     warmup = _steps(given.get("warmup_steps", 0), steps) or int(float(given.get("warmup_ratio", 0)) * steps)
     match kind:
         case "linear":
@@ -137,12 +139,37 @@ def _schedule(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree
         case "constant_with_warmup":
             return {"name": "constant", "warmup": warmup}
         case "cosine":
-            cycles = float(extra.get("num_cycles", 0.5))
+            cycles = extra.get("num_cycles", 0.5)
             return {"name": "cosine", "warmup": warmup, "min_ratio": 0.0, "cycles": cycles}
         case "cosine_with_min_lr" if "min_lr_rate" in extra:
-            return {"name": "cosine", "warmup": warmup, "min_ratio": float(extra["min_lr_rate"])}
+            return {"name": "cosine", "warmup": warmup, "min_ratio": extra["min_lr_rate"]}
     left_out.append(f"lr_scheduler_type: {shown(kind)}: not carried over; linear was written")
     return {"name": "linear", "warmup": warmup}
+
+
+def _scheduler_kwargs(given: Mapping[str, Any], kind: str, left_out: list[str]) -> dict[str, float]:
+    """Those that the schedule of that kind takes, numbers; the others are named."""
+    found = given.get("lr_scheduler_kwargs") or {}
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError:
+            found = {found: True}
+    if not isinstance(found, dict):
+        found = {shown(found): True}
+    taken = {
+        key: float(value)
+        for key, value in found.items()
+        if key == SCHEDULER_KWARGS.get(kind)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
+    rest = sorted(str(key) for key, value in found.items() if key not in taken and value is not None)
+    left_out += [f"lr_scheduler_kwargs: {key}: not carried over" for key in rest]
+    return taken
+
+
+SCHEDULER_KWARGS = {"cosine": "num_cycles", "cosine_with_min_lr": "min_lr_rate"}
 
 
 def _surroundings(given: Mapping[str, Any]) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,11 +72,20 @@ def _fill(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
         return 0.0, f"{key} was auto: 0"
     if key == "train_batch_size":
         return None, f"{key} was auto: micro x accumulation x processes"
+    if key == "scheduler.params.warmup_num_steps" and (steps := _share_of_warmup(arguments)):
+        return steps, f"{key} was auto: {steps}, from warmup_ratio"
     if key not in ARGUMENTS:
         return None, "was auto: xtrain derives it from the model"
     argument, default = ARGUMENTS[key]
-    value = arguments.get(argument, default)
+    given_value = arguments.get(argument)
+    value = default if given_value is None else given_value
     if argument == "max_steps" and value <= 0:
         return None, f"{key} was auto, and max_steps is not given"
-    given = argument if argument in arguments else f"the default of {argument}"
+    given = argument if given_value is not None else f"the default of {argument}"
     return value, f"{key} was auto: {value}, {given}"
+
+
+def _share_of_warmup(arguments: Mapping[str, Any]) -> int:
+    """warmup_ratio as Hugging Face takes it, where warmup_steps is not given; 0 where it is not either."""
+    ratio, steps = arguments.get("warmup_ratio") or 0, arguments.get("max_steps") or 0
+    return 0 if arguments.get("warmup_steps") else math.ceil(max(0, steps) * ratio)

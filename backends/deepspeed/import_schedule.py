@@ -31,7 +31,9 @@ PARAMS: dict[str, Schema] = {
     "warmup_type": {"enum": ["linear", "log"]},
 }
 ADAMS = ("adam", "adamw")
-WITHOUT_MEANING = {"torch_adam", "foreach", "fused", "adam_w_mode", "amsgrad", "bias_correction"}
+WITHOUT_MEANING = {"torch_adam", "foreach", "fused", "adam_w_mode"}
+USUAL = {"amsgrad": False, "bias_correction": True}
+"""What both AdamWs do unless told otherwise, and the only thing that the spec's does."""
 LATE = "DeepSpeed's scheduler has at update k + 1 what xtrain has at k"
 
 
@@ -58,7 +60,9 @@ def import_optimizer(found: Leaves) -> Tree:
         _state_defaults(tree, found, bool(params.get("torch_adam")))
     if not tree.get("optimizer.lr"):
         tree.pop("optimizer.lr", None)  # 0 before the first step of a scheduler that knows the peak
-    unused = sorted(set(params) - WITHOUT_MEANING)
+    unused = sorted(
+        key for key in set(params) - WITHOUT_MEANING if key not in USUAL or params[key] != USUAL[key]
+    )
     found.left_out += [
         f"optimizer.params.{key}: {shown(params[key])}: no such key in the spec" for key in unused
     ]

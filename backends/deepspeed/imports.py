@@ -96,6 +96,9 @@ def _zero(found: Leaves) -> Tree:
 
 def _precision(found: Leaves) -> Tree:
     on = {name: found.take(f"{name}.enabled", False) for name in ("bf16", "fp16", "torch_autocast")}
+    if sum(map(bool, on.values())) > 1:
+        both = ", ".join(f"{name}.enabled" for name, enabled in on.items() if enabled)
+        raise SpecError("the ds_config", [Problem(both, "true", "expected one precision")])
     for name in (name for name, enabled in on.items() if not enabled):
         found.drop(f"{name}.")
     if on["bf16"]:

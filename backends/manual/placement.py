@@ -52,6 +52,11 @@ def plan_placement(model: nn.Module, spec: Spec, devices: Sequence[Device]) -> P
     if len(devices) == 1:
         return Placement(home)
     blocks = find_blocks(model, spec.model.blocks, "manual.devices")
+    if len(devices) > len(blocks):
+        raise RequestError(
+            f"manual.devices: found {len(devices)}, expected at most one device for each of the "
+            f"{len(blocks)} blocks of the model"
+        )
     check_chain(model, blocks, spec.data.seq_len)
     split = spec.manual.split if spec.manual else "auto"
     if split == "auto":

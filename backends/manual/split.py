@@ -32,8 +32,10 @@ def split_blocks(split: Sequence[int] | Sequence[float], blocks: int) -> list[in
 def fit_blocks(needed: StepBytes, devices: Sequence[Device]) -> list[int]:
     """`split: auto`: each device in turn takes as many blocks as fit, the last one what is left.
 
-    A device without a limit, such as the CPU, takes all that come to it.
+    A device without a limit, such as the CPU, takes all that come to it; where none has one, all get alike.
     """
+    if all(device.limit_bytes() is None for device in devices):
+        return split_blocks([1 / len(devices)] * len(devices), len(needed.blocks))
     room = {device.torch_device: _room(device) for device in devices}
     room[devices[0].torch_device] -= needed.home + needed.recomputed
     left = list(needed.blocks)

@@ -187,3 +187,48 @@ def test_a_spoiled_config_is_imported_or_refused(path: Path, tmp_path: Path) -> 
         except RequestError:
             refused += 1
     assert 0 < refused < 40
+
+
+def import_of(tmp_path: Path, config: Any, arguments: Any = None) -> Imported:
+    path, filled = tmp_path / "config.json", tmp_path / "arguments.json"
+    path.write_text(json.dumps(config))
+    filled.write_text(json.dumps(arguments))
+    return imports.import_file(path, filled if arguments else None, None, None)
+
+
+def test_an_automatic_warmup_is_the_arguments_share(tmp_path: Path) -> None:
+    params = {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_max_lr": "auto"}
+    config = {"train_batch_size": 4, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+    found = import_of(tmp_path, config, {"max_steps": 90, "warmup_ratio": 0.25, "learning_rate": 1e-3})
+    assert spec_of(found).schedule.warmup == 23  # type: ignore[union-attr]
+
+
+def test_two_precisions_are_refused(tmp_path: Path) -> None:
+    both = {"train_batch_size": 8, "fp16": {"enabled": True}, "bf16": {"enabled": True}}
+    with pytest.raises(RequestError, match="expected one precision"):
+        import_of(tmp_path, both)
+    with pytest.raises(RequestError, match="expected at most one of them"):
+        import_of(tmp_path, {"per_device_train_batch_size": 4, "bf16": True, "fp16": True})
+
+
+def test_what_an_optimizer_does_unusually_is_named(tmp_path: Path) -> None:
+    params = {"lr": 1e-3, "amsgrad": True, "bias_correction": True}
+    found = import_of(tmp_path, {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": params}})
+    named = [line for line in found.left_out if line.startswith("optimizer.params.")]
+    assert len(named) == 1
+    assert "amsgrad" in named[0]
+
+
+@pytest.mark.parametrize("given", [{"num_cycles": "x"}, {"num_cycles": None}, "no JSON", {"min_lr": 1e-5}])
+def test_scheduler_arguments_that_are_not_understood_are_named_or_left(tmp_path: Path, given: JSON) -> None:
+    arguments: Any = {"per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "max_steps": 10}
+    found = import_of(tmp_path, {**arguments, "lr_scheduler_kwargs": given})
+    assert spec_of(found).schedule.cycles == 0.5  # type: ignore[union-attr]
+    told = any(line.startswith("lr_scheduler_kwargs") for line in found.left_out)
+    assert told is (given != {"num_cycles": None})
+
+
+def test_scheduler_arguments_may_be_text(tmp_path: Path) -> None:
+    arguments: Any = {"per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "max_steps": 10}
+    found = import_of(tmp_path, {**arguments, "lr_scheduler_kwargs": '{"num_cycles": 2}'})
+    assert spec_of(found).schedule.cycles == 2.0  # type: ignore[union-attr]

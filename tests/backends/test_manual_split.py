@@ -72,5 +72,5 @@ def test_a_device_that_stands_twice_has_its_room_once() -> None:
     assert fit_blocks(needed(5), [device, device, Cpu()]) == [2, 0, 3]
 
 
-def test_a_device_without_a_limit_takes_all() -> None:
-    assert fit_blocks(needed(3), [Cpu(), Cpu()]) == [3, 0]
+def test_devices_without_limits_get_alike() -> None:
+    assert fit_blocks(needed(4), [Cpu(), Cpu()]) == [2, 2]
