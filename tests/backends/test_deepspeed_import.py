@@ -200,7 +200,7 @@ def test_an_automatic_warmup_is_the_arguments_share(tmp_path: Path) -> None:
     params = {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_max_lr": "auto"}
     config = {"train_batch_size": 4, "scheduler": {"type": "WarmupDecayLR", "params": params}}
     found = import_of(tmp_path, config, {"max_steps": 90, "warmup_ratio": 0.25, "learning_rate": 1e-3})
-    assert spec_of(found).schedule.warmup == 23  # type: ignore[union-attr]
+    assert spec_of(found).schedule.warmup == 23
 
 
 def test_two_precisions_are_refused(tmp_path: Path) -> None:
