@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.clean_process import start
 from tests.small_runs import metrics, run, weights
 
 pytestmark = pytest.mark.slow
@@ -30,18 +29,16 @@ OPTIONS: dict[str, Any] = {
 def killed(folder: Path, out: Path, lines: int, options: dict[str, Any]) -> bool:
     """Go on with the run in a process of its own until it has written that many lines, and kill it then.
 
-    Forked, as importing torch takes seconds. Returns whether it was killed before it ended.
+    Returns whether it was killed before it ended.
     """
     fewest = written(out)  # it cuts them after its checkpoint before it writes more
     words = ("--resume", out) if out.exists() else ("--out", out)
-    process = get_context("fork").Process(target=run, args=(folder, *words), kwargs=options)
-    process.start()
-    assert process.pid is not None
+    process = start(run, folder, *words, **options)
     deadline = time.monotonic() + LONGEST_SECONDS
     while process.is_alive() and written(out) - fewest < lines and time.monotonic() < deadline:
         fewest = min(fewest, written(out))
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -58,8 +59,9 @@ def test_the_peak_sees_memory_that_came_and_went_until_it_is_reset() -> None:
     if not machine.reset_peak_resident():
         pytest.skip("needs a writable /proc/self/clear_refs")
     before = machine.resident_bytes().bytes
-    ballast = bytearray(os.urandom(1)) * (64 * MIB)
-    del ballast
+    with mmap.mmap(-1, 64 * MIB) as ballast:  # not from malloc, which may have the memory already
+        for _ in range(64):
+            ballast.write(b"x" * MIB)
     raised = machine.resident_bytes().peak_bytes
     assert raised is not None
     assert raised > before + 48 * MIB

@@ -17,9 +17,10 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what a step frees for the next one, instead of giving it back to the system.
 
     Every step allocates the same activations. By default glibc returns the larger ones at once, and each
-    page costs a fault when it is taken again: on a small model 2 to 5% of a step (docs/decisions.md).
-    The peak stays what it is; between steps the process does not shrink. Returns whether it was done: not
-    where the user has set the allocator up (SETTINGS), nor without glibc.
+    page costs a fault when it is taken again: on a small model 2 to 5% of a step. The price is memory: kept
+    blocks do not fit the next ones perfectly (an eighth more growth there), and the process does not shrink
+    between steps (docs/decisions.md). Returns whether it was done: not where the user has set the allocator
+    up (SETTINGS), nor without glibc.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in SETTINGS):
         return False

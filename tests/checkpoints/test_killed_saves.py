@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints.killed_writer import save_and_die, tensors
 from tests.checkpoints.test_format import state
+from tests.clean_process import start
 from xtrain.checkpoints.select import select
 from xtrain.checkpoints.writer import write
 
@@ -21,10 +21,9 @@ STEP = 3
 
 
 def killed(folder: Path, kill_event: int) -> int:
-    """The exit code of a writer in a process of its own. Forked: importing torch takes seconds."""
+    """The exit code of a writer in a process of its own."""
     folder.mkdir()
-    process = get_context("fork").Process(target=save_and_count, args=(folder, kill_event))
-    process.start()
+    process = start(save_and_count, folder, kill_event)
     process.join(60)
     assert process.exitcode is not None
     return process.exitcode
