@@ -1,6 +1,6 @@
 """What each memory technique saves and costs: `python -m benchmarks.techniques --help`.
 
-Memory: one short run of each lane in a fresh process, all on the same model and batches. Time: a lane
+Memory: short runs of each lane in fresh processes, all on the same model and batches. Time: a lane
 with the technique and the same lane without it take turns, as in overhead.py.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
-from benchmarks.techniques_report import MemoryResult, SpeedResult, evaluate_speed, markdown
+from benchmarks.techniques_report import MemoryResult, SpeedResult, evaluate_memory, evaluate_speed, markdown
 from benchmarks.workload import Workload
 from xtrain import registry
 from xtrain.machine import environment
@@ -103,15 +103,19 @@ TECHNIQUES = [
 ]
 
 
-def measure_memory(lanes: Sequence[Lane], threads: int) -> Iterator[MemoryResult]:
-    """Each lane in a process that imports beforehand what it will import."""
+def measure_memory(lanes: Sequence[Lane], repeats: int, threads: int) -> Iterator[MemoryResult]:
+    """Each lane in processes that import beforehand what they will import."""
     with TemporaryDirectory() as small, TemporaryDirectory() as folder:
         tiny, runner = Runner("cpu", TINY, Path(small), threads), Runner("cpu", MODEL, Path(folder), threads)
         for lane in lanes:
             modules = lane.run_by(tiny).modules
-            found = lane.run_by(runner, modules, MALLOC_MMAP_THRESHOLD_=str(MMAP_THRESHOLD_BYTES))
-            say(f"  {lane.name}: grew by {found.growth_bytes / 2**20:.0f} MiB")
-            yield MemoryResult(lane.name, found.peak_bytes, found.imports_bytes, found.losses)
+            runs = [
+                lane.run_by(runner, modules, MALLOC_MMAP_THRESHOLD_=str(MMAP_THRESHOLD_BYTES))
+                for _ in range(repeats)
+            ]
+            result = evaluate_memory(lane.name, runs)
+            say(f"  {lane.name}: grew by {result.growth_bytes / 2**20:.0f} MiB")
+            yield result
 
 
 def measure_speed(technique: Technique, rounds: int, threads: int) -> SpeedResult:
@@ -143,6 +147,7 @@ def refused(technique: Technique) -> bool:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=["memory", "speed"], help="leave the other out")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each lane, for its memory")
     parser.add_argument("--rounds", type=int, default=5, help="runs with each technique, for its time")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--remark", default="", help="a sentence for the page, such as how busy it was")
@@ -157,6 +162,7 @@ def main() -> int:
         "date": date,
         "command": f"python -m benchmarks.techniques {' '.join(sys.argv[1:])}".rstrip(),
         "threads": arguments.threads,
+        "repeats": arguments.repeats,
         "rounds": arguments.rounds,
         "remark": arguments.remark,
         "environment": environment(),
@@ -172,7 +178,7 @@ def main() -> int:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only != "speed":
-        for result in measure_memory(LANES, arguments.threads):
+        for result in measure_memory(LANES, arguments.repeats, arguments.threads):
             memory.append(result)
             write()
     if arguments.only != "memory":

@@ -25,8 +25,9 @@ Everything in fp32 on the CPU, each run in a fresh process, all on the same batc
 
 **Memory.** A GPT-2 of 6 layers, width 384, vocabulary 8192 (14 million parameters), context 512, batch 8
 in one pass, AdamW, 2 updates. *Peak* is the largest resident set of the process, *grown by* the same without
-what was resident when everything had been imported, both with MALLOC_MMAP_THRESHOLD_=131072. The Hugging Face
-lane is its GPT2LMHeadModel in a plain loop with its own loss; the others are `xtrain run --backend cpu`.
+what was resident when everything had been imported, both with MALLOC_MMAP_THRESHOLD_=131072: medians of the
+runs, in brackets the least and the most. The Hugging Face lane is its GPT2LMHeadModel in a plain loop with
+its own loss; the others are `xtrain run --backend cpu`.
 
 **Time.** The same model with context 256 and batch 4. Runs without (A) and with (B) the technique take
 turns, A B A B ... A. A run's time is its median step, without the first {WARMUP_STEPS} and without those
@@ -38,17 +39,32 @@ largest relative one at any step.
 
 @dataclass(frozen=True)
 class MemoryResult:
+    """A lane's runs: the largest resident set of each, and what was resident after all imports."""
+
     lane: str
-    peak_bytes: int
-    imports_bytes: int
+    peaks_bytes: list[int]
+    imports_bytes: list[int]
     losses: list[float]
 
     @property
-    def growth_bytes(self) -> int:
-        return self.peak_bytes - self.imports_bytes
+    def peak_bytes(self) -> float:
+        return median(self.peaks_bytes)
+
+    @property
+    def growths_bytes(self) -> list[int]:
+        return [peak - imports for peak, imports in zip(self.peaks_bytes, self.imports_bytes, strict=True)]
+
+    @property
+    def growth_bytes(self) -> float:
+        return median(self.growths_bytes)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def evaluate_memory(lane: str, runs: Sequence[Measured]) -> MemoryResult:
+    peaks = [run.peak_bytes for run in runs]
+    return MemoryResult(lane, peaks, [run.imports_bytes for run in runs], runs[0].losses)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,7 @@ def memory_table(memory: Sequence[MemoryResult]) -> list[str]:
     first = memory[0]
     rows = [
         f"| {one.lane} | {mebibytes(one.peak_bytes)} | {mebibytes(one.growth_bytes)} "
+        f"({mebibytes(min(one.growths_bytes))}-{mebibytes(max(one.growths_bytes))}) "
         f"| {one.peak_bytes / first.peak_bytes:.2f} | {one.growth_bytes / first.growth_bytes:.2f} |"
         for one in memory
     ]
@@ -164,5 +181,5 @@ def typical(runs: Sequence[Sequence[float]]) -> float:
     return median(median(seconds) for seconds in runs)
 
 
-def mebibytes(count: int) -> str:
+def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f}"

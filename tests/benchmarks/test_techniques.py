@@ -34,7 +34,7 @@ def test_time_is_set_against_the_runs_before_and_after() -> None:
 
 
 def test_memory_meets_a_bar_only_where_peak_and_growth_do() -> None:
-    lanes = [MemoryResult("plain", 2000, 200, []), MemoryResult("ours", 800, 200, [])]
+    lanes = [MemoryResult("plain", [1900, 2000, 2100], [200] * 3, []), MemoryResult("ours", [800], [200], [])]
     assert memory_bars(lanes, "ours", {"plain": 0.4})[0].endswith(
         "0.333 of the growth of plain, bar 0.4: met"
     )
