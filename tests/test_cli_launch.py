@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from tests.small_runs import SPEC
 from xtrain.cli import main
-from xtrain.remote import verdict
+from xtrain.remote import Remote, verdict
 from xtrain.request import this_program
 
 
@@ -86,6 +86,57 @@ def test_what_cannot_be_launched_is_refused(tmp_path: Path, words: list[str], me
     result = launch(tmp_path, *words)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_what_no_backend_can_run_is_refused_before_anything_is_printed(tmp_path: Path) -> None:
+    words = ["--print", "--out", "a", "--set", "memory={offload: {optimizer: cpu}}"]
+    result = launch(tmp_path, *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "on backend deepspeed," in result.stderr
+    assert "memory.offload.optimizer: found cpu, expected sharding" in result.stderr
+
+
+.mark.parametrize("where", [["--print"], ["--slurm", "--nodes", "2", "--nproc", "4"]], ids=str)
+def test_the_named_backend_is_asked_before_anything_is_printed(tmp_path: Path, where: list[str]) -> None:
+    hosts = None if "--slurm" in where else "gpu1 slots=2\ngpu2 slots=2\n"
+    result = launch(tmp_path, *where, "--out", "a", "--backend", "cpu", hosts=hosts)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "launch.processes: found 4, backend cpu is always one process" in result.stderr
+
+
+def test_a_drive_that_only_the_hosts_have_is_left_to_them(tmp_path: Path) -> None:
+    drive = "{sharding: parameters, offload: {optimizer: {device: nvme, path: /drive-of-the-hosts}}}"
+    assert len(printed(tmp_path, "--backend", "deepspeed", "--set", f"memory={drive}")) == 2
+
+
+.mark.parametrize(
+    ("ssh", "message"),
+    [
+        ("'", "error: --ssh: found \"'\", which is no command: No closing quotation\n"),
+        (" ", "error: --ssh: found nothing, expected a command such as `ssh -p 2222`; or leave it out\n"),
+    ],
+)
+def test_an_ssh_that_is_no_command_is_refused(tmp_path: Path, ssh: str, message: str) -> None:
+    result = launch(tmp_path, "--out", "a", "--ssh", ssh)
+    assert (result.exit_code, result.stderr) == (2, message)
+
+
+.mark.parametrize(
+    ("command", "how"),
+    [("exit 7", "ended with exit code 7"), ("kill -9 $$", "was killed by signal 9")],
+)
+def test_a_host_whose_command_ends_is_told_with_its_exit_code(
+    command: str, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_place_of_ssh = ["sh", "-c", "eval \"$1\""]
+    assert Remote({"gpu1": command, "gpu2": "true"}, in_place_of_ssh).wait() == 1
+    assert capfd.readouterr().err == f"gpu1 {how}\n"
+
+
+def test_hosts_that_cannot_be_reached_at_all_are_told_by_name(tmp_path: Path) -> None:
+    result = launch(tmp_path, "--out", "a", "--ssh", "false")
+    assert result.exit_code == 1
+    assert sorted(result.stderr.splitlines()) == [f"gpu{n} ended with exit code 1" for n in (1, 2)]
 
 
 def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path) -> None:

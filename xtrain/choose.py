@@ -8,6 +8,7 @@ from xtrain import registry
 from xtrain.contract import Availability, Backend, Problem
 from xtrain.errors import BackendError, SpecError
 from xtrain.spec.tree import Spec
+from xtrain.translation import elsewhere
 
 AUTO = "auto"
 
@@ -26,6 +27,16 @@ def choose(name: str, spec: Spec, world: int, source: str) -> Choice:
     cannot be honoured.
     """
     return _automatic(spec, world, source) if name == AUTO else _named(name, spec, world, source)
+
+
+def most_able(spec: Spec, world: int) -> str:
+    """The backend that comes nearest to honouring `spec` with `world` processes, on whatever machine."""
+
+    def lacks(name: str) -> tuple[bool, int]:
+        problems = elsewhere(registry.load(name)).problems(spec, world)
+        return any(problem.path == "launch.processes" for problem in problems), len(problems)
+
+    return min(registry.names(), key=lacks)
 
 
 def _named(name: str, spec: Spec, world: int, source: str) -> Choice:

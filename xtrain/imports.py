@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from xtrain.printable import printable
 from xtrain.spec.check import check_spec
 from xtrain.spec.problems import find_faults, translate
 from xtrain.spec.tree import Spec
-from xtrain.training_arguments import STEPS, import_arguments, is_training_arguments
+from xtrain.training_arguments import STEPS, check_arguments, import_arguments, is_training_arguments
 from xtrain.translate import find_translator
-from xtrain.translation import Imported, Tree
+from xtrain.translation import Imported, Translator, Tree
 
 STAND_INS: dict[str, tuple[Any, str]] = {
     "model.preset": ("gpt2", "a stand-in: the config does not know the model"),
@@ -32,55 +33,64 @@ ORDER = ("model", "data", "batch", "train", "optimizer", "schedule", "precision"
 def import_file(path: Path, arguments_path: Path | None, world: int | None, backend: str | None) -> Imported:
     """The spec for the config at `path`, complete and checked; RequestError says what is wrong in a file."""
     config = read_json(path)
-    if is_training_arguments(config):
-        if arguments_path is not None:
-            raise RequestError(f"{path}: already TrainingArguments; --arguments goes with a config")
-        return _completed(_from_arguments(path, config, world, backend), path)
-    arguments = read_json(arguments_path) if arguments_path is not None else None
-    found = _imported(path, config, world, backend, arguments)
-    if arguments is not None:
-        processes = found.spec.get("launch", {}).get("processes", world or 1)
-        found = _over(import_arguments(arguments, processes), found)
+    if not is_training_arguments(config):
+        arguments = _read_arguments(arguments_path) if arguments_path is not None else None
+        return _from_config(path, config, world, find_translator(backend), arguments)
+    if arguments_path is not None:
+        raise RequestError(f"{path}: already TrainingArguments; --arguments goes with a config")
+    arguments = _read_arguments(path)
+    if isinstance(embedded := arguments.get("deepspeed"), dict):
+        return _from_config(path, embedded, world, find_translator(backend), arguments)
+    found = import_arguments(arguments, world or 1)
+    if isinstance(embedded, str) and embedded:
+        again = f"deepspeed: {printable(embedded)}: not read; import it with --arguments {path.name}"
+        found = replace(found, left_out=[*found.left_out, again])
     return _completed(found, path)
 
 
-def _from_arguments(
-    path: Path, arguments: Mapping[str, Any], world: int | None, backend: str | None
-) -> Imported:
-    """From TrainingArguments, and the config that stands in them, if one does."""
-    try:
-        found = import_arguments(arguments, world or 1)
-    except SpecError as error:
-        raise SpecError(str(path), error.problems) from error
-    config = arguments.get("deepspeed")
-    if isinstance(config, dict):
-        return _over(found, _imported(path, config, world, backend, arguments))
-    if isinstance(config, str) and config:
-        again = f"deepspeed: {printable(config)}: not read; import it with --arguments {path.name}"
-        return Imported(found.spec, found.chosen, [*found.left_out, again])
-    return found
+def _read_arguments(path: Path) -> Mapping[str, Any]:
+    arguments = read_json(path)
+    if problems := check_arguments(arguments):
+        raise SpecError(str(path), problems)
+    return arguments
 
 
-def _imported(
+def _from_config(
     path: Path,
     config: Mapping[str, Any],
     world: int | None,
-    backend: str | None,
+    translator: Translator,
     arguments: Mapping[str, Any] | None,
 ) -> Imported:
+    """From a config, and what TrainingArguments beside it say that it does not; asked whether it can run."""
     try:
-        return find_translator(backend).imported(config, world, arguments)
+        found = translator.imported(config, world, arguments)
     except SpecError as error:
         raise SpecError(str(path), error.problems) from error
+    if arguments is not None:
+        processes = found.spec.get("launch", {}).get("processes", world or 1)
+        found = _over(import_arguments(arguments, processes), found)
+    whole = _completed(found, path)
+    spec = Spec.model_validate(whole.spec)
+    return replace(whole, problems=translator.translation_problems(spec, spec.launch.processes))
 
 
 def _over(base: Imported, upper: Imported) -> Imported:
-    """Both; what `upper` says wins. `optimizer` and `schedule` are not mixed key by key."""
+    """Both; what `upper` says wins. Another schedule or kind of optimizer is not mixed key by key."""
     spec = {**base.spec}
     for name, section in upper.spec.items():
-        mixed = isinstance(section, dict) and isinstance(spec.get(name), dict) and name not in ("schedule",)
-        spec[name] = {**spec[name], **section} if mixed else section
-    return Imported(spec, {**base.chosen, **upper.chosen}, [*base.left_out, *upper.left_out])
+        below = spec.get(name)
+        mixed = isinstance(section, dict) and isinstance(below, dict) and name != "schedule"
+        if mixed and "name" in section and section["name"] != below.get("name"):
+            below = {"lr": below["lr"]}
+        spec[name] = {**below, **section} if mixed else section
+    chosen = {key: why for key, why in base.chosen.items() if not _is_said(key, upper.spec)}
+    return Imported(spec, {**chosen, **upper.chosen}, [*base.left_out, *upper.left_out])
+
+
+def _is_said(key: str, spec: Tree) -> bool:
+    section, _, name = key.partition(".")
+    return section in spec and (not name or name in spec[section])
 
 
 def _completed(found: Imported, path: Path) -> Imported:
@@ -92,20 +102,23 @@ def _completed(found: Imported, path: Path) -> Imported:
             spec[section] = {**spec.get(section, {}), name: value}
             chosen[key] = why
     groups = spec.get("memory", {}).get("checkpointing", {}).get("number", 0)
-    if "model.preset" in chosen and groups > PRESETS["gpt2"].layers:  # no more groups than layers
+    if "model.preset" in chosen and groups > PRESETS["gpt2"].layers:
         spec["model"]["layers"] = groups
+        chosen["model.layers"] = f"a stand-in: no model has fewer layers than groups, and here are {groups}"
     if "stand-in" in chosen.get("train.steps", ""):  # that leaves room for the warm-up
         spec["train"]["steps"] = max(spec["train"]["steps"], 2 * spec["schedule"].get("warmup", 0))
     problems = translate(find_faults(spec), spec) or check_spec(Spec.model_validate(spec))
     if problems:
         raise SpecError(f"the spec made from {path}", problems)
-    return Imported(spec, chosen, found.left_out)
+    return replace(found, spec=spec, chosen=chosen)
 
 
 def notes(found: Imported) -> list[str]:
     """What a person should know, a line each."""
     decided = [f"{key}: {why}" for key, why in found.chosen.items()]
-    return [printable(line) for line in (*decided, *(f"not carried: {one}" for one in found.left_out))]
+    left_out = [f"not carried: {one}" for one in found.left_out]
+    refused = [f"cannot run as it is: {problem}" for problem in found.problems]
+    return [printable(line) for line in (*decided, *left_out, *refused)]
 
 
 def as_yaml(found: Imported, path: Path) -> str:

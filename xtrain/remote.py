@@ -59,8 +59,8 @@ class Remote:
             if code is not None:
                 del self._running[host]
                 self._codes[host] = code
-                if code == UNREACHABLE:
-                    print(f"{host} cannot be reached through ssh, or was lost", file=sys.stderr, flush=True)
+                if code not in (EXIT_DONE, EXIT_INTERRUPTED):
+                    print(f"{host} {_how(code)}", file=sys.stderr, flush=True)
         return bool(self._running)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -75,6 +75,13 @@ class Remote:
             elif process.stdin is not None:
                 with suppress(OSError):
                     process.stdin.close()
+
+
+def _how(code: int) -> str:
+    """How the command of a host ended, for people."""
+    if code == UNREACHABLE:
+        return "cannot be reached through ssh, or was lost"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def _start(host: str, command: str, ssh: Sequence[str] | None) -> subprocess.Popen[bytes]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from xtrain import registry
+from xtrain.choose import AUTO, most_able
 from xtrain.commands import (
     deepspeed_command,
     on_host,
@@ -19,15 +21,16 @@ from xtrain.commands import (
 from xtrain.errors import EXIT_DONE, RequestError
 from xtrain.hostfile import read_hostfile
 from xtrain.prepare import run_directory
+from xtrain.printable import printable
 from xtrain.remote import Remote
 from xtrain.request import Request, this_program
 from xtrain.spec import load_spec
+from xtrain.translation import elsewhere
 
 
 def on_slurm(request: Request, nodes: int | None, port: int) -> str:
     """The script for sbatch. RequestError where the spec or the numbers do not allow it."""
-    spec = load_spec(request.spec_path, request.overrides, request.processes, None)
-    world = request.processes or spec.launch.processes
+    world = _checked(request, request.processes)
     if nodes is None:
         raise RequestError("--slurm needs --nodes, the number of hosts")
     if world % nodes:
@@ -44,7 +47,8 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
         raise RequestError(
             f"--nproc {request.processes} contradicts {hostfile}, whose slots add up to {world}"
         )
-    load_spec(request.spec_path, request.overrides, world, None)  # a broken spec is refused once, not by each
+    remote_shell = _words(ssh)
+    _checked(request, world)
     _require_folder(request)
     request = replace(request, processes=world)
     if launcher == "deepspeed" and request.max_restarts:
@@ -63,11 +67,36 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
         return Remote({"localhost": on_host(commands["any host"], Path.cwd())}, None).wait()
     leash = ["--leash"] if launcher == "xtrain" else []
     lines = {host: on_host([*command, *leash], Path.cwd()) for host, command in commands.items()}
-    code = Remote(lines, shlex.split(ssh) if ssh else None).wait()
+    code = Remote(lines, remote_shell).wait()
     if code != EXIT_DONE and (run_directory(request) / "resolved.json").exists():
         again = _again(request, hostfile, port, ssh)
         print(f"on all hosts, go on with: {again}", file=sys.stderr, flush=True)
     return code
+
+
+def _checked(request: Request, world: int | None) -> int:
+    """The number of processes of a spec that can run: refused once and here, not by each host.
+
+    What this machine lacks is not looked at: the hosts may be others, and each looks at itself.
+    """
+    spec = load_spec(request.spec_path, request.overrides, world)
+    world = world or spec.launch.processes
+    name = most_able(spec, world) if request.backend == AUTO else request.backend
+    load_spec(request.spec_path, request.overrides, world, elsewhere(registry.load(name)))
+    return world
+
+
+def _words(ssh: str | None) -> list[str] | None:
+    """The command in the place of ssh, None for ssh itself."""
+    if ssh is None:
+        return None
+    try:
+        words = shlex.split(ssh)
+    except ValueError as error:
+        raise RequestError(f"--ssh: found {printable(ssh)!r}, which is no command: {error}") from error
+    if not words:
+        raise RequestError("--ssh: found nothing, expected a command such as `ssh -p 2222`; or leave it out")
+    return words
 
 
 def _require_folder(request: Request) -> None:

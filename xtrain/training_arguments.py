@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from xtrain.contract import Problem
-from xtrain.errors import SpecError
-from xtrain.spec.fits import fits
+from xtrain.spec.fits import fits, is_number
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import Schema, describe
 from xtrain.translation import Imported, Tree, placed
@@ -72,8 +72,8 @@ def is_training_arguments(data: Mapping[str, Any]) -> bool:
     return not TELLTALE.isdisjoint(data)
 
 
-def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
-    """The spec for `world` processes, less model and data; SpecError where a value is of a wrong kind."""
+def check_arguments(arguments: Mapping[str, Any]) -> list[Problem]:
+    """Values that are of a wrong kind, or contradict each other."""
     problems = [
         Problem(key, shown(arguments[key]), f"expected {describe(schema)}")
         for key, schema in KINDS.items()
@@ -81,8 +81,11 @@ def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
     ]
     if arguments.get("bf16") is True and arguments.get("fp16") is True:
         problems.append(Problem("bf16, fp16", "true", "expected at most one of them"))
-    if problems:
-        raise SpecError("the TrainingArguments", problems)
+    return problems
+
+
+def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
+    """The spec for `world` processes, less model and data; `check_arguments` has no problem with them."""
     tree: Tree = {}
     chosen: dict[str, str] = {}
     left_out: list[str] = []
@@ -90,8 +93,9 @@ def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
     placed(tree, _batch(given, world, chosen))
     placed(tree, _train(given, chosen))
     placed(tree, _optimizer(given, left_out))
-    placed(tree, {"schedule": _schedule(given, tree["train"]["steps"], left_out)})
-    placed(tree, _surroundings(given))
+    steps = tree["train"]["steps"]
+    placed(tree, {"schedule": _schedule(given, steps, left_out)})
+    placed(tree, _surroundings(given, steps, left_out))
     others = sorted(key for key in set(given) - set(KINDS) if given[key] not in NOTHING)
     if others:
         left_out.append(f"without a counterpart in the spec: {', '.join(others)}")
@@ -118,19 +122,22 @@ def _train(given: Mapping[str, Any], chosen: dict[str, str]) -> Tree:
 
 def _optimizer(given: Mapping[str, Any], left_out: list[str]) -> Tree:
     name, rate = given.get("optim", "adamw_torch"), float(given.get("learning_rate", 5e-5))
+    decay = float(given.get("weight_decay", 0.0))
     if name == "sgd":
+        if decay:
+            left_out.append(f"weight_decay: {decay:g}: sgd has none here")
         return {"optimizer": {"name": "sgd", "lr": rate}}
     if not name.startswith("adamw_torch"):
         left_out.append(f"optim: {shown(name)}: xtrain has adamw and sgd; adamw was written")
     betas = [float(given.get("adam_beta1", 0.9)), float(given.get("adam_beta2", 0.999))]
-    eps, decay = float(given.get("adam_epsilon", 1e-8)), float(given.get("weight_decay", 0.0))
+    eps = float(given.get("adam_epsilon", 1e-8))
     return {"optimizer": {"name": "adamw", "lr": rate, "betas": betas, "eps": eps, "weight_decay": decay}}
 
 
 def _schedule(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree:
     kind = given.get("lr_scheduler_type", "linear")
     extra = _scheduler_kwargs(given, kind, left_out)
-    warmup = _steps(given.get("warmup_steps", 0), steps) or int(float(given.get("warmup_ratio", 0)) * steps)
+    warmup = warmup_steps(given, steps)
     match kind:
         case "linear":
             return {"name": "linear", "warmup": warmup}
@@ -138,13 +145,24 @@ def _schedule(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree
             return {"name": "constant"}
         case "constant_with_warmup":
             return {"name": "constant", "warmup": warmup}
-        case "cosine":
+        case "cosine" | "cosine_with_min_lr" if (floor := _floor(kind, given, extra)) is not None:
             cycles = extra.get("num_cycles", 0.5)
-            return {"name": "cosine", "warmup": warmup, "min_ratio": 0.0, "cycles": cycles}
-        case "cosine_with_min_lr" if "min_lr_rate" in extra:
-            return {"name": "cosine", "warmup": warmup, "min_ratio": extra["min_lr_rate"]}
+            return {"name": "cosine", "warmup": warmup, "min_ratio": floor, "cycles": cycles}
     left_out.append(f"lr_scheduler_type: {shown(kind)}: not carried over; linear was written")
     return {"name": "linear", "warmup": warmup}
+
+
+SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+}
+
+
+def _floor(kind: str, given: Mapping[str, Any], extra: Mapping[str, float]) -> float | None:
+    """The least learning rate as a share of the peak; None where it ought to be given and is not."""
+    if "min_lr" in extra:
+        return extra["min_lr"] / float(given.get("learning_rate", 5e-5))
+    return extra.get("min_lr_rate", 0.0 if kind == "cosine" else None)
 
 
 def _scheduler_kwargs(given: Mapping[str, Any], kind: str, left_out: list[str]) -> dict[str, float]:
@@ -160,40 +178,49 @@ def _scheduler_kwargs(given: Mapping[str, Any], kind: str, left_out: list[str]) 
     taken = {
         key: float(value)
         for key, value in found.items()
-        if key == SCHEDULER_KWARGS.get(kind)
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
+        if key in SCHEDULER_KWARGS.get(kind, ()) and is_number(value)
     }
     rest = sorted(str(key) for key, value in found.items() if key not in taken and value is not None)
     left_out += [f"lr_scheduler_kwargs: {key}: not carried over" for key in rest]
     return taken
 
 
-SCHEDULER_KWARGS = {"cosine": "num_cycles", "cosine_with_min_lr": "min_lr_rate"}
-
-
-def _surroundings(given: Mapping[str, Any]) -> Tree:
-    """Precision, checkpointing, saving, logging."""
+def _surroundings(given: Mapping[str, Any], steps: int, left_out: list[str]) -> Tree:
+    """Precision, checkpointing, saving, evaluating, logging."""
     dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
     tree: Tree = {"precision": {"dtype": dtype, "weights": "fp32"} if dtype == "fp16" else dtype}
     if given.get("gradient_checkpointing"):
         tree["memory.checkpointing"] = {"every": 1}
     if given.get("torch_compile"):
         tree["train.compile"] = True
-    tree["log.every_steps"] = max(1, int(given.get("logging_steps", 500)))
-    if given.get("save_strategy", "steps") == "steps" and given.get("save_steps", 500) >= 1:
-        tree["checkpoint.every_steps"] = int(given.get("save_steps", 500))
+    logging = max(1, _steps(given.get("logging_steps", 500), steps))
+    tree["log.every_steps"] = logging
+    if (saving := given.get("save_strategy", "steps")) == "steps" and given.get("save_steps", 500):
+        tree["checkpoint.every_steps"] = max(1, _steps(given.get("save_steps", 500), steps))
     if "save_total_limit" in given:
         tree["checkpoint.keep"] = int(given["save_total_limit"])
-    if given.get("eval_strategy") == "steps":
-        tree["train.eval_every"] = max(1, int(given.get("eval_steps", given.get("logging_steps", 500))))
+    if (evaluating := given.get("eval_strategy", "no")) == "steps":
+        tree["train.eval_every"] = max(1, _steps(given.get("eval_steps", logging), steps))
+    for key, strategy in (("save_strategy", saving), ("eval_strategy", evaluating)):
+        if strategy not in ("steps", "no"):
+            left_out.append(f"{key}: {shown(strategy)}: here it goes by updates, or not at all")
     asked = given.get("report_to", [])
     asked = [asked] if isinstance(asked, str) else asked
-    trackers = [name for name in ("tensorboard", "wandb") if name in asked]
-    if trackers:
+    if trackers := [name for name in TRACKERS if name in asked]:
         tree["log.trackers"] = trackers
+    others = [name for name in asked if name not in (*TRACKERS, "none")]
+    left_out += [f"report_to: {shown(name)}: not a tracker of xtrain's" for name in others]
     return tree
 
 
+TRACKERS = ("tensorboard", "wandb")
+
+
+def warmup_steps(given: Mapping[str, Any], steps: int) -> int:
+    """As Hugging Face's Trainer counts them, where it makes `steps` updates."""
+    value = given.get("warmup_steps") or 0
+    return _steps(value, steps) or math.ceil(float(given.get("warmup_ratio") or 0) * steps)
+
+
 def _steps(value: float, steps: int) -> int:
-    return int(value * steps) if value < 1 else int(value)
+    return math.ceil(value * steps) if value < 1 else int(value)

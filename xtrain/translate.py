@@ -12,7 +12,7 @@ from xtrain.contract import JSON
 from xtrain.errors import BackendError, SpecError
 from xtrain.spec import Spec, load_spec, locate
 from xtrain.spec.keys import changed_keys
-from xtrain.translation import Setting, Translator, nested, translators
+from xtrain.translation import Setting, Translator, elsewhere, nested, translators
 
 
 def translate_file(
@@ -23,7 +23,7 @@ def translate_file(
     Raises SpecError for what the backend, or a standalone config, cannot honour.
     """
     backend = find_translator(name)
-    spec = load_spec(path, overrides, world, registry.load(backend.name))
+    spec = load_spec(path, overrides, world, elsewhere(registry.load(backend.name)))
     processes = world or spec.launch.processes
     if not standalone:
         return spec, backend.translation(spec, processes)

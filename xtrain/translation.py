@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from xtrain.contract import JSON, Problem
+from xtrain.contract import JSON, Backend, Problem
 
 if TYPE_CHECKING:
+    from xtrain.spec.load import Judge
     from xtrain.spec.tree import Spec
 
 Tree: TypeAlias = dict[str, Any]
@@ -41,6 +42,8 @@ class Imported:
     """Dotted spec key -> why it has its value, where the config did not simply say so."""
     left_out: Sequence[str]
     """What the config says and the spec cannot, a sentence each."""
+    problems: Sequence[Problem] = ()
+    """What of the spec the backend of that config cannot honour, on any machine."""
 
 
 @runtime_checkable
@@ -51,6 +54,10 @@ class Translator(Protocol):
 
     def translation(self, spec: Spec, world: int) -> list[Setting]:
         """The config that `xtrain run` gives to it, concrete, in the order in which it is written."""
+        ...
+
+    def translation_problems(self, spec: Spec, world: int) -> list[Problem]:
+        """Every key that the backend cannot honour on any machine; `problems` also looks at this one."""
         ...
 
     def override_problems(self, spec: Spec, world: int) -> list[Problem]:
@@ -107,3 +114,16 @@ def translators() -> dict[str, Translator]:
         if isinstance(backend, Translator):
             found[name] = backend
     return found
+
+
+class Elsewhere:
+    """A backend asked about a spec for another machine: what this one lacks is not looked at."""
+
+    def __init__(self, backend: Translator) -> None:
+        self.name = backend.name
+        self.problems = backend.translation_problems
+
+
+def elsewhere(backend: Backend) -> Judge:
+    """Who says what `backend` cannot honour on any machine; most backends do not look at this one anyway."""
+    return Elsewhere(backend) if isinstance(backend, Translator) else backend

@@ -1,10 +1,17 @@
-"""What stands for "auto" in a ds_config, as with Hugging Face: TrainingArguments, or their defaults."""
+"""A ds_config beside Hugging Face's TrainingArguments: what fills an "auto", what is added, what contradicts.
+
+The rules are those of transformers' integrations/deepspeed.py, and for what is added accelerate's.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from xtrain.spec.fits import is_number
+from xtrain.spec.problems import shown
+from xtrain.training_arguments import warmup_steps
 
 ARGUMENTS: dict[str, tuple[str, Any]] = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", 8),
@@ -16,7 +23,6 @@ ARGUMENTS: dict[str, tuple[str, Any]] = {
     "optimizer.params.eps": ("adam_epsilon", 1e-8),
     "optimizer.params.weight_decay": ("weight_decay", 0.0),
     "scheduler.params.warmup_max_lr": ("learning_rate", 5e-5),
-    "scheduler.params.warmup_num_steps": ("warmup_steps", 0),
     "scheduler.params.total_num_steps": ("max_steps", -1),
 }
 """ds_config key -> the argument that fills it, with that argument's default."""
@@ -38,54 +44,116 @@ SPEC_KEYS = {
 }
 
 
-def resolve_auto(
-    flat: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values without any "auto", and by spec key what each one became and from where.
+@dataclass(frozen=True)
+class Filled:
+    """A ds_config without any "auto"."""
 
-    An "auto" that nothing fills is left out: xtrain derives that value from the model by itself.
-    """
-    resolved: dict[str, Any] = {}
-    chosen: dict[str, str] = {}
+    values: dict[str, Any]
+    chosen: dict[str, str]
+    """By spec key, what an "auto" became and from where."""
+    left_open: list[str]
+    """Keys whose "auto" nothing fills; they are not among the values."""
+
+
+def resolve_auto(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> Filled:
+    """Each "auto" replaced as the Trainer does, from `arguments` or their defaults."""
+    found = Filled({}, {}, [])
     for key, value in flat.items():
         if isinstance(value, Mapping) and key.endswith(".params"):
-            inside = {f"{key}.{name}": one for name, one in value.items()}
-            below, said = resolve_auto(inside, arguments)
-            resolved[key] = {name.removeprefix(f"{key}."): one for name, one in below.items()}
-            chosen |= said
+            below = resolve_auto({f"{key}.{name}": one for name, one in value.items()}, arguments)
+            found.values[key] = {name.removeprefix(f"{key}."): one for name, one in below.values.items()}
+            found.chosen.update(below.chosen)
+            found.left_open.extend(below.left_open)
         elif value != "auto":
-            resolved[key] = value
+            found.values[key] = value
         else:
-            found, source = _fill(key, arguments)
-            if found is not None:
-                resolved[key] = found
-            chosen[SPEC_KEYS.get(key, f"deepspeed.{key}")] = source
-    return resolved, chosen
+            _fill(key, arguments, found)
+    return found
 
 
-def _fill(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
-    """The value for an "auto" at `key`, None where there is none, and a sentence about it."""
+def _fill(key: str, arguments: Mapping[str, Any], found: Filled) -> None:
+    spec_key = SPEC_KEYS.get(key, "")
+    if key == "train_batch_size":
+        found.chosen[spec_key] = f"{key} was auto: micro x accumulation x processes"
+    elif (filling := argument_for(key, arguments)) is not None:
+        value, source = filling
+        found.values[key] = value
+        found.chosen[spec_key] = f"{key} was auto: {shown(value)}, {source}"
+    else:
+        found.left_open.append(key)
+
+
+def argument_for(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """What the Trainer has for a key of the ds_config, and which argument says so; None if it has nothing."""
     if key == "optimizer.params.betas":
         betas = [arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999)]
-        return betas, f"{key} was auto: {betas}, from adam_beta1 and adam_beta2"
+        return betas, "adam_beta1 and adam_beta2"
     if key == "scheduler.params.warmup_min_lr":
-        return 0.0, f"{key} was auto: 0"
-    if key == "train_batch_size":
-        return None, f"{key} was auto: micro x accumulation x processes"
-    if key == "scheduler.params.warmup_num_steps" and (steps := _share_of_warmup(arguments)):
-        return steps, f"{key} was auto: {steps}, from warmup_ratio"
+        return 0.0, "as with the Trainer"
+    if key == "scheduler.params.warmup_num_steps":
+        given = [name for name in ("warmup_steps", "warmup_ratio") if arguments.get(name)]
+        steps = warmup_steps(arguments, max(0, arguments.get("max_steps") or 0))
+        return steps, given[0] if given else "the default of warmup_steps"
     if key not in ARGUMENTS:
-        return None, "was auto: xtrain derives it from the model"
+        return None
     argument, default = ARGUMENTS[key]
-    given_value = arguments.get(argument)
-    value = default if given_value is None else given_value
+    value = arguments.get(argument)
+    source = argument if value is not None else f"the default of {argument}"
+    value = default if value is None else value
     if argument == "max_steps" and value <= 0:
-        return None, f"{key} was auto, and max_steps is not given"
-    given = argument if given_value is not None else f"the default of {argument}"
-    return value, f"{key} was auto: {value}, {given}"
+        return None
+    return value, source
 
 
-def _share_of_warmup(arguments: Mapping[str, Any]) -> int:
-    """warmup_ratio as Hugging Face takes it, where warmup_steps is not given; 0 where it is not either."""
-    ratio, steps = arguments.get("warmup_ratio") or 0, arguments.get("max_steps") or 0
-    return 0 if arguments.get("warmup_steps") else math.ceil(max(0, steps) * ratio)
+def completed(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """With "auto" for what a Trainer with these arguments adds to a ds_config that lacks it."""
+    added = [f"{name}.enabled" for name in PRECISIONS if arguments.get(name) and not _has_block(flat, name)]
+    if arguments and flat.keys().isdisjoint(BATCH):
+        added += BATCH[1:]
+    return {**flat, **dict.fromkeys(added, "auto")}
+
+
+PRECISIONS = ("bf16", "fp16")
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def _has_block(flat: Mapping[str, Any], name: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for key in flat)
+
+
+def contradictions(flat: Mapping[str, Any], arguments: Mapping[str, Any], world: int) -> Iterator[str]:
+    """What the arguments say otherwise than the ds_config, a sentence each; the ds_config's is taken."""
+    if not arguments:
+        return
+    for key, value in _with_params(flat):
+        if value in (None, "auto") or key == "scheduler.params.warmup_min_lr":
+            continue
+        theirs, source = _theirs(key, arguments, world)
+        if theirs is not None and not _same(key, value, theirs):
+            which = "was taken; Hugging Face's Trainer refuses such a pair"
+            yield f"{source}: {shown(theirs)}: {key} of the ds_config, {shown(value)}, {which}"
+    if "gradient_clipping" not in flat and (norm := arguments.get("max_grad_norm", 1.0)):
+        why = "DeepSpeed clips nothing, as the ds_config has no gradient_clipping"
+        yield f"max_grad_norm: {shown(norm)}: {why}"
+
+
+def _with_params(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in flat.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", one) for name, one in value.items())
+        else:
+            yield key, value
+
+
+def _theirs(key: str, arguments: Mapping[str, Any], world: int) -> tuple[Any, str]:
+    """As `argument_for`, but for all processes together too."""
+    if key != BATCH[0]:
+        return argument_for(key, arguments) or (None, "")
+    (micro, _), (passes, _) = (argument_for(one, arguments) or (1, "") for one in BATCH[1:])
+    return micro * passes * world, f"per_device_train_batch_size x passes x {world} processes"
+
+
+def _same(key: str, ours: Any, theirs: Any) -> bool:
+    if key == "scheduler.params.warmup_num_steps":
+        theirs = max(1, theirs)  # DeepSpeed takes no 0
+    return bool(ours == theirs) and (is_number(ours) == is_number(theirs))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 from xtrain.translation import Imported, Setting
 
-from .environment import facts, prepare, probe
+from .environment import announce_compilation, facts, prepare, probe
 from .imports import import_config
 from .overrides import override_problems
 from .standalone import find_standalone_problems, standalone_settings
-from .support import find_notes, find_problems
+from .support import find_notes, find_problems, find_spec_problems
 from .translate import declared_settings, engine_settings, translate
 from .zero import stage_of
 
@@ -42,8 +42,11 @@ class DeepSpeedBackend:
     def translation(self, spec: Spec, world: int) -> list[Setting]:
         return engine_settings(spec, world)
 
+    def translation_problems(self, spec: Spec, world: int) -> list[Problem]:
+        return find_spec_problems(spec, world)
+
     def override_problems(self, spec: Spec, world: int) -> list[Problem]:
-        return list(override_problems(spec, declared_settings(spec, world)))
+        return list(override_problems(spec, world, declared_settings(spec, world)))
 
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         return standalone_settings(spec, world)
@@ -60,4 +63,6 @@ class DeepSpeedBackend:
         prepare()
         from .engine import DeepSpeedEngine
 
+        if job.local_rank == 0:
+            announce_compilation(resolved.spec)
         return DeepSpeedEngine(resolved, model, job)

@@ -23,10 +23,13 @@ from xtrain.errors import RequestError
 from xtrain.preflight import ADDRESS
 
 from .apple import decide, on_mac, this_mac
+from .operators import announce, folders, needed
 from .stale_locks import clear_stale_locks
 
 if TYPE_CHECKING:
     import torch
+
+    from xtrain.spec.tree import Spec
 
 EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
 LEAVE_SECONDS = 5
@@ -123,6 +126,14 @@ def require_fp16(device: torch.device) -> None:
     accelerator.supported_dtypes = lambda: supported
 
 
+def announce_compilation(spec: Spec) -> None:
+    """Say so where DeepSpeed is about to compile for a while, in silence."""
+    with redirect_stdout(io.StringIO()):
+        from deepspeed.git_version_info import installed_ops
+    ready = [name for name, is_installed in installed_ops.items() if is_installed]
+    announce(needed(spec, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"), ready, say)
+
+
 def device_of(job: Job) -> torch.device:
     import torch
 
@@ -160,8 +171,8 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
 
     logger.setLevel(logging.ERROR)  # only now: importing deepspeed sets it
     if not dist.is_initialized():
-        for folder in _operators_folders():
-            clear_stale_locks(folder, _say)
+        for folder in folders():
+            clear_stale_locks(folder, say)
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
             backend = COLLECTIVES[device.type]
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -169,15 +180,7 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
         atexit.register(_leave_together)
 
 
-def _operators_folders() -> list[Path]:
-    """Where torch keeps what DeepSpeed compiles: one folder, or by default one for each Python and torch."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return [Path(root)] if root else sorted(Path(get_default_build_root()).glob("py*"))
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 

@@ -16,12 +16,7 @@ from .leaves import Leaves
 
 NUMBER: Schema = {"type": "number", "minimum": 0}
 COUNT: Schema = {"type": "integer", "minimum": 0}
-PARAMS: dict[str, Schema] = {
-    "lr": NUMBER,
-    "eps": NUMBER,
-    "weight_decay": NUMBER,
-    "momentum": NUMBER,
-    "betas": {"type": "array", "items": {**NUMBER, "maximum": 1}, "minItems": 2, "maxItems": 2},
+SCHEDULER_PARAMS: dict[str, Schema] = {
     "warmup_min_lr": NUMBER,
     "warmup_max_lr": NUMBER,
     "warmup_num_steps": COUNT,
@@ -30,10 +25,27 @@ PARAMS: dict[str, Schema] = {
     "cos_min_ratio": {"type": "number", "minimum": 0, "maximum": 1},
     "warmup_type": {"enum": ["linear", "log"]},
 }
+PARAMS: dict[str, Schema] = {
+    "lr": NUMBER,
+    "eps": NUMBER,
+    "weight_decay": NUMBER,
+    "momentum": NUMBER,
+    "betas": {"type": "array", "items": {**NUMBER, "maximum": 1}, "minItems": 2, "maxItems": 2},
+    **SCHEDULER_PARAMS,
+}
 ADAMS = ("adam", "adamw")
 WITHOUT_MEANING = {"torch_adam", "foreach", "fused", "adam_w_mode"}
-USUAL = {"amsgrad": False, "bias_correction": True}
-"""What both AdamWs do unless told otherwise, and the only thing that the spec's does."""
+USUAL = {
+    "amsgrad": False,
+    "bias_correction": True,
+    "weight_decay": 0,
+    "dampening": 0,
+    "nesterov": False,
+    "maximize": False,
+}
+"""What the optimizers do unless told otherwise, and the only thing that the spec's do."""
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+"""Those with a formula of the spec's."""
 LATE = "DeepSpeed's scheduler has at update k + 1 what xtrain has at k"
 
 
@@ -42,6 +54,8 @@ def import_optimizer(found: Leaves) -> Tree:
     kind = found.take("optimizer.type", None)
     params = _params(found, "optimizer.params")
     if kind is None:
+        if params:
+            found.left_out.append("optimizer.params: without optimizer.type they have no effect")
         return {}
     name = "sgd" if kind.lower() == "sgd" else "adamw"
     if kind.lower() not in (*ADAMS, "sgd"):
@@ -86,12 +100,19 @@ def import_schedule(found: Leaves) -> Tree:
     kind = found.take("scheduler.type", None)
     params = _params(found, "scheduler.params")
     if kind is None:
+        if params:
+            found.left_out.append("scheduler.params: without scheduler.type they have no effect")
         return {}
-    if kind not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+    if kind not in SCHEDULERS:
         found.left_out.append(
-            f"scheduler.type: {shown(kind)}: no such schedule in xtrain; constant was written"
+            f"scheduler.type: {shown(kind)}, with its params: no such schedule here; constant was written"
         )
         return {"schedule": {"name": "constant"}}
+    found.left_out += [
+        f"scheduler.params.{key}: {shown(value)}: no such key in the spec"
+        for key, value in params.items()
+        if key not in SCHEDULER_PARAMS and value
+    ]
     late = params.get("last_batch_iteration", -1) < 0
     skipped = 0 if late else int(params["last_batch_iteration"]) + (kind == "WarmupCosineLR")
     if late:

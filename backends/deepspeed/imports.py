@@ -8,24 +8,23 @@ from typing import Any
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
 from xtrain.spec.fits import fits
-from xtrain.spec.keys import covering
-from xtrain.spec.problems import find_faults, shown, translate
+from xtrain.spec.keys import NOT_BUILT, covering
+from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
-from xtrain.spec.tree import Spec
 from xtrain.translation import Imported, Tree, placed
 
-from .auto import resolve_auto
+from .auto import SPEC_KEYS, completed, contradictions, resolve_auto
 from .import_batch import import_batch
+from .import_overrides import import_overrides, settings_with_sizes
 from .import_schedule import import_optimizer, import_schedule
-from .known_keys import KNOWN, REMOVED
+from .known_keys import KNOWN
 from .leaves import Leaves
-from .overrides import FIXED, OWNERS, is_section, leaves, nearest
-from .translate import NEVER, engine_settings
+from .overrides import OWNERS, is_section, leaves, nearest
+from .support import REFUSED
+from .translate import NEVER
 from .zero import STAGES
 
 OFFLOADS = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
-SILENT = ("zero_allow_untested_optimizer", "zero_optimization.memory_efficient_linear")
-"""Keys of ours that say nothing about a training."""
 
 
 def import_config(
@@ -35,19 +34,39 @@ def import_config(
 
     "auto" is resolved as Hugging Face's Trainer does, from `arguments` (TrainingArguments) or their defaults.
     """
-    flat, chosen = resolve_auto(dict(leaves(config)), arguments or {})
-    if problems := _wrong_kinds(flat):
+    given = completed(dict(leaves(config)), arguments or {})
+    filled = resolve_auto(given, arguments or {})
+    if problems := _wrong_kinds(filled.values):
         raise SpecError("the ds_config", problems)
-    found = Leaves(flat, dict(chosen))
+    found = Leaves(filled.values, filled.chosen)
     tree: Tree = {}
     for section in (import_batch(found, world), _train(found), _zero(found), _precision(found), _log(found)):
         placed(tree, section)
     placed(tree, import_optimizer(found))
     placed(tree, import_schedule(found))
     placed(tree, _checkpointing(found))
-    if rest := _overrides(found, tree):
+    if rest := import_overrides(found, tree):
         tree["deepspeed"] = rest
+    for key in filled.left_open:
+        _say_left_open(key, tree, found)
+    found.left_out += contradictions(given, arguments or {}, tree.get("launch", {}).get("processes", 1))
     return Imported(tree, found.chosen, tuple(found.left_out))
+
+
+def _say_left_open(key: str, tree: Tree, found: Leaves) -> None:
+    """What became of an "auto" that Hugging Face does not fill either, or only once the model is there."""
+    if key not in KNOWN and key not in SPEC_KEYS:
+        found.left_out.append(f"{key}: 'auto': unknown to DeepSpeed; {nearest(key)}")
+        return
+    owner = covering(key, OWNERS)
+    spec_key = SPEC_KEYS.get(key) or (OWNERS[owner] if owner else f"deepspeed.{key}")
+    sized, unsized = settings_with_sizes(tree)
+    if key in sized and key not in unsized:
+        found.chosen[spec_key] = f"{key} was auto: xtrain derives it from the model"
+        return
+    value = sized.get(key, KNOWN.get(key, {}).get("default"))
+    became = "left out" if value is None else shown(value)
+    found.chosen[spec_key] = f"{key} was auto, which nobody fills: {became}"
 
 
 def _wrong_kinds(flat: Mapping[str, Any]) -> list[Problem]:
@@ -81,16 +100,16 @@ def _zero(found: Leaves) -> Tree:
         device = found.take(f"{block}.{name}.device", "none")
         path = found.take(f"{block}.{name}.nvme_path", None)
         if device == "none":
-            found.drop(f"{block}.{name}.")
+            found.drop(f"{block}.{name}.", "nothing is offloaded")
         elif name == "offload_param" and stage < 3:
-            found.drop(f"{block}.{name}.")
-            found.left_out.append(f"{block}.{name}: has no effect below stage 3")
+            found.drop(f"{block}.{name}.", "no effect below stage 3")
+            found.left_out.append(f"{block}.{name}.device: {shown(device)}: no effect below stage 3")
         else:
             tree[f"memory.offload.{ours}"] = {"device": device, "path": path} if device == "nvme" else device
     for name, ours in (("cpu_offload", "optimizer"), ("cpu_offload_param", "parameters")):
         if found.take(f"{block}.{name}", None):
             tree[f"memory.offload.{ours}"] = "cpu"
-            found.say(f"memory.offload.{ours}", f"{name} is the old form of it")
+            found.say(f"memory.offload.{ours}", f"{block}.{name} is the old form of it")
     return tree
 
 
@@ -100,7 +119,7 @@ def _precision(found: Leaves) -> Tree:
         both = ", ".join(f"{name}.enabled" for name, enabled in on.items() if enabled)
         raise SpecError("the ds_config", [Problem(both, "true", "expected one precision")])
     for name in (name for name, enabled in on.items() if not enabled):
-        found.drop(f"{name}.")
+        found.drop(f"{name}.", f"{name} is not enabled")
     if on["bf16"]:
         return {"precision": {"dtype": "bf16", "weights": "bf16"}}
     if on["fp16"]:
@@ -109,12 +128,16 @@ def _precision(found: Leaves) -> Tree:
 
 
 def _scaler(found: Leaves) -> Tree:
-    keys = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-    given = {key: found.take(f"fp16.{key}", None) for key in keys}
-    if given["loss_scale"]:  # with a fixed scale the others have no effect
-        return {"loss_scale": float(given["loss_scale"])}
-    floats = ("loss_scale", "min_loss_scale")
-    return {k: float(v) if k in floats else int(v) for k, v in given.items() if v is not None}
+    """Of the fp16 block; with a fixed scale the other keys have no effect."""
+    if scale := found.take("fp16.loss_scale", 0):
+        for key in DYNAMIC_SCALE:
+            found.drop(f"fp16.{key}", "no effect with a fixed loss_scale")
+        return {"loss_scale": float(scale)}
+    given = {key: found.take(f"fp16.{key}", None) for key in DYNAMIC_SCALE}
+    return {k: float(v) if k == "min_loss_scale" else int(v) for k, v in given.items() if v is not None}
+
+
+DYNAMIC_SCALE = ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
 
 
 def _autocast(found: Leaves) -> Tree:
@@ -138,7 +161,7 @@ def _log(found: Leaves) -> Tree:
         if found.take(f"{name}.enabled", False):
             trackers.append(name)
         else:
-            found.drop(f"{name}.")
+            found.drop(f"{name}.", f"{name} is not enabled")
     return {**tree, "log.trackers": trackers} if trackers else tree
 
 
@@ -153,50 +176,8 @@ def _checkpointing(found: Leaves) -> Tree:
     if not number:
         found.say("memory.checkpointing", "the config does not say which layers: every one")
     tree: Tree = {"memory.checkpointing": {"number": int(number)} if number else {"every": 1}}
-    if on_cpu:
+    if on_cpu and covering("memory.offload.activations", REFUSED):
+        found.left_out.append(f"{block}.cpu_checkpointing: true: memory.offload.activations is {NOT_BUILT}")
+    elif on_cpu:
         tree["memory.offload.activations"] = "cpu"
     return tree
-
-
-def _overrides(found: Leaves, tree: Tree) -> dict[str, Any]:
-    """What the spec has no word for and xtrain would set otherwise; the rest goes onto the list."""
-    rest: Tree = {}
-    derived = _derived(tree)
-    for key, value in found.remaining():
-        if (reason := _not_carried(key)) is None:
-            number = int(value) if KNOWN[key].get("type") == "integer" else value
-            if number != derived.get(key, KNOWN[key].get("default")):
-                placed(rest, {key: number})
-        elif value not in (False, None, "none", {}, []) and key not in SILENT and derived.get(key) != value:
-            found.left_out.append(f"{key}: {shown(value)}: {reason}")
-    return rest
-
-
-def _not_carried(key: str) -> str | None:
-    """Why a key is not put into `deepspeed:`; None where it is."""
-    if removed := covering(key, REMOVED):
-        return REMOVED[removed]
-    if key not in KNOWN:
-        return f"unknown to DeepSpeed; {nearest(key)}"
-    if fixed := covering(key, FIXED):
-        return FIXED[fixed]
-    if owner := covering(key, OWNERS):
-        return f"the spec has no word for it beside {OWNERS[owner]}"
-    return None
-
-
-def _derived(tree: Tree) -> dict[str, Any]:
-    """What xtrain sets whatever the model is; None for what it would derive from the model's size."""
-    with_size, without = (_settings(tree, model) for model in ({"preset": "gpt2"}, {"factory": "stand:in"}))
-    return {key: without.get(key) for key in with_size}
-
-
-def _settings(tree: Tree, model: Tree) -> dict[str, Any]:
-    sections: Tree = {name: tree[name] for name in ("batch", "memory", "precision") if name in tree}
-    rest = {"data": {"source": "synthetic"}, "train": {"steps": 1}, "optimizer": {"lr": 1.0}}
-    data: Tree = {"model": model, **rest, **sections}
-    if problems := translate(find_faults(data), data):
-        raise SpecError("the spec made from the ds_config", problems)
-    spec = Spec.model_validate(data)
-    world = tree.get("launch", {}).get("processes", 1)
-    return {setting.key: setting.value for setting in engine_settings(spec, world)}

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from xtrain.spec.problems import shown
+
+from .known_keys import KNOWN
+
 
 class Leaves:
     """What is left of a ds_config, and what was decided on the way."""
@@ -23,13 +27,22 @@ class Leaves:
     def get(self, key: str, default: Any) -> Any:
         return self._flat.get(key, default)
 
-    def drop(self, prefix: str) -> None:
-        """Forget every key that begins so."""
+    def drop(self, prefix: str, why: str) -> None:
+        """Forget every key that begins so; those that ask for something are listed."""
         for key in [key for key in self._flat if key.startswith(prefix)]:
-            del self._flat[key]
+            value = self._flat.pop(key)
+            if not says_nothing(key, value):
+                self.left_out.append(f"{key}: {shown(value)}: {why}")
 
     def say(self, spec_key: str, why: str) -> None:
         self.chosen[spec_key] = why
 
     def remaining(self) -> Iterator[tuple[str, Any]]:
         yield from self._flat.items()
+
+
+def says_nothing(key: str, value: Any) -> bool:
+    """Whether DeepSpeed would do the same without it: its default, or something that is off."""
+    schema = KNOWN.get(key, {})
+    off = (None, schema["default"]) if "default" in schema else (None, False, "none", {}, [])
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in off)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
@@ -52,11 +53,14 @@ def _include_folders() -> Iterator[Path]:
 
 def _folder(key: str, name: str) -> Iterator[Problem]:
     try:
-        folder = Path(name)
-        missing, writable = not folder.is_dir(), os.access(folder, os.W_OK | os.X_OK)
+        missing = not Path(name).is_dir()
     except (OSError, ValueError):
-        missing, writable = True, False
+        missing = True
     if missing:
         yield Problem(key, name, "no such folder here", "make it on the drive of every machine of the run")
-    elif not writable:
-        yield Problem(key, name, "expected a folder that can be written to", "change its permissions")
+        return
+    try:
+        NamedTemporaryFile(dir=name, prefix=".xtrain-").close()
+    except OSError as error:
+        expected = f"expected a folder that can be written to: {error.strerror}"
+        yield Problem(key, name, expected, "change its permissions, or use another one")

@@ -17,6 +17,7 @@ from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
 from xtrain.translation import Setting
 
+from .effects import unfit, unmet
 from .known_keys import KNOWN, REMOVED
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ OWNERS = {
 CANCELLED = "the engine cancels DeepSpeed's divisions, and counts on their being as they are"
 ANOTHER = "it changes what is learned, and this spec would no longer say what was trained"
 NOT_DRIVEN = "xtrain does not drive this part of DeepSpeed"
+UNREAD = "DeepSpeed 0.19.8 does nothing with it"
 TRACKERS = "use log.trackers"
 RECOMPUTED = "xtrain recomputes blocks itself, without deepspeed.checkpointing"
 UNDIVIDED = f"{RECOMPUTED}, which divides their inputs over tensor-parallel ranks only"
@@ -58,6 +60,13 @@ FIXED = {
     "zero_optimization.zero_quantized_gradients": ANOTHER,
     "zero_optimization.zenflow": ANOTHER,
     "zero_optimization.compute_grad_norm": "guards, clipping and the log need the norm",
+    "zero_optimization.allgather_partitions": UNREAD,
+    "zero_optimization.cpu_offload_use_pin_memory": "use pin_memory of offload_optimizer or offload_param",
+    "zero_optimization.legacy_stage1": "DeepSpeed refuses it",
+    "zero_optimization.pipeline_loading_checkpoint": "xtrain saves and loads",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "xtrain has no such optimizer",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "xtrain saves and loads",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it needs DeepSpeed's own optimizer",
     "zero_optimization.offload_optimizer.ratio": "it needs DeepSpeed's own optimizer; xtrain passes torch's",
     "zero_optimization.offload_optimizer.super_offload": "it needs DeepSpeed's own optimizer",
     "zero_optimization.elastic_checkpoint": "xtrain saves and loads",
@@ -79,6 +88,11 @@ FIXED = {
     "wandb": TRACKERS,
     "csv_monitor": TRACKERS,
     "comet": TRACKERS,
+    "dataloader_drop_last": "xtrain brings the data",
+    "vocabulary_size": UNREAD,
+    "disable_allgather": UNREAD,
+    "use_data_before_expert_parallelism": NOT_DRIVEN,
+    "seq_parallel_communication_data_type": NOT_DRIVEN,
     "tensor_parallel": NOT_DRIVEN,
     "expert_parallel": NOT_DRIVEN,
     "pipeline": NOT_DRIVEN,
@@ -104,43 +118,63 @@ def merge(settings: Iterable[Setting], spec: Spec) -> list[Setting]:
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything below; an empty mapping is a value."""
+    """Dotted key and value of everything below; an empty mapping is a value.
+
+    A name that itself has a dot is put in quotes: DeepSpeed does not know it.
+    """
     for name, value in tree.items():
-        key = f"{above}{name}"
+        key = f"{above}{repr(name) if '.' in str(name) else name}"
         if isinstance(value, Mapping) and value and "type" not in KNOWN.get(key, {}):
             yield from leaves(value, f"{key}.")
         else:
             yield key, value
 
 
-def override_problems(spec: Spec, declared: Iterable[Setting]) -> Iterator[Problem]:
-    """What of `deepspeed:` is unknown, of a wrong type, or contradicts the spec.
+def override_problems(spec: Spec, world: int, declared: Iterable[Setting]) -> Iterator[Problem]:
+    """What of `deepspeed:` is unknown, of a wrong type, without effect, or contradicts the spec.
 
     `declared` is what the rest of the spec says, as settings.
     """
     says = {setting.key: setting.value for setting in declared}
     for key, value in leaves(spec.deepspeed or {}):
-        yield from _problem(key, value, says)
+        found = _misfit(key, value) or _contradiction(key, value, says) or _pointless(key, value, spec, world)
+        if found is not None:
+            yield Problem(f"deepspeed.{key}", shown(value), *found)
 
 
-def _problem(key: str, value: Any, says: Mapping[str, JSON]) -> Iterator[Problem]:
-    path = f"deepspeed.{key}"
+def _misfit(key: str, value: Any) -> tuple[str, str] | None:
+    """What was expected of a key that DeepSpeed would not take, or not as it is, and what to do."""
     if removed := covering(key, REMOVED):
-        yield Problem(path, shown(value), REMOVED[removed], "leave it out")
-    elif is_section(key):
-        yield Problem(path, shown(value), "expected a section", "leave it out")
-    elif key not in KNOWN:
-        yield Problem(path, shown(value), "unknown to DeepSpeed", nearest(key))
-    elif value == "auto":
-        yield Problem(path, "'auto'", "expected a value: nobody would replace it", "leave it out")
-    elif not fits(value, KNOWN[key]):
-        yield Problem(path, shown(value), f"expected {describe(KNOWN[key])}", "leave it out")
-    elif fixed := covering(key, FIXED):
-        yield Problem(path, shown(value), f"not to be set here: {FIXED[fixed]}", "leave it out")
-    elif (owner := covering(key, OWNERS)) and not _agrees(value, says.get(key)):
-        decided = f"{shown(says[key])}, from" if key in says else "nothing here: it is said by"
-        remedy = f"leave it out, or change {OWNERS[owner]}"
-        yield Problem(path, shown(value), f"expected {decided} {OWNERS[owner]}", remedy)
+        return REMOVED[removed], "leave it out"
+    if is_section(key):
+        return "expected a section", "leave it out"
+    if key not in KNOWN:
+        return "unknown to DeepSpeed", nearest(key)
+    if value == "auto":
+        return "expected a value: nobody would replace it", "leave it out"
+    if not fits(value, KNOWN[key]):
+        return f"expected {describe(KNOWN[key])}", _nearest_value(value, KNOWN[key])
+    return None
+
+
+def _contradiction(key: str, value: Any, says: Mapping[str, JSON]) -> tuple[str, str] | None:
+    """What is wrong with a key that is not to be set here, or that another one of the spec decides."""
+    if fixed := covering(key, FIXED):
+        return f"not to be set here: {FIXED[fixed]}", "leave it out"
+    owner = covering(key, OWNERS)
+    if owner is None or _agrees(value, says.get(key)):
+        return None
+    decided = f"{shown(says[key])}, from" if key in says else "nothing here: it is said by"
+    return f"expected {decided} {OWNERS[owner]}", f"leave it out, or change {OWNERS[owner]}"
+
+
+def _pointless(key: str, value: Any, spec: Spec, world: int) -> tuple[str, str] | None:
+    """What is wrong with a key that DeepSpeed knows and does not read here, or with its value here."""
+    if covering(key, OWNERS):
+        return None
+    if condition := unmet(key, spec):
+        return f"{condition.expected}: it has no effect here", f"leave it out, or {condition.remedy}"
+    return unfit(key, value, spec, world)
 
 
 def _agrees(value: Any, said: JSON) -> bool:
@@ -156,12 +190,22 @@ def is_section(key: str) -> bool:
 
 
 def nearest(key: str) -> str:
-    """The known key that was probably meant: beside it, or of that name in another block."""
-    if near := get_close_matches(key, KNOWN, 1, 0.8):
+    """The known key that was probably meant: beside it, or of such a name in another block."""
+    unquoted = key.replace("'", "")
+    if unquoted in KNOWN:
+        return "DeepSpeed knows no dotted names: write sections"
+    if near := get_close_matches(unquoted.lower(), KNOWN, 1, 0.8):
         return f"did you mean {near[0]!r}?"
-    name = key.rpartition(".")[2]
-    if elsewhere := [known for known in KNOWN if known.rpartition(".")[2] == name]:
-        return f"did you mean {elsewhere[0]!r}?"
-    block = key.rpartition(".")[0]
+    block, _, name = unquoted.rpartition(".")
+    names = {known.rpartition(".")[2]: known for known in reversed(KNOWN)}
+    if near := get_close_matches(name.lower(), names, 1, 0.8):
+        return f"did you mean {names[near[0]]!r}?"
     beside = [known.rpartition(".")[2] for known in KNOWN if known.rpartition(".")[0] == block]
-    return f"known here: {', '.join(sorted(beside))}" if beside else "leave it out"
+    return f"known here: {', '.join(sorted(beside))}" if block and beside else "leave it out"
+
+
+def _nearest_value(value: Any, schema: Mapping[str, Any]) -> str:
+    """The word that was probably meant, where one was expected."""
+    words = [word for word in schema.get("enum", []) if isinstance(word, str)]
+    near = get_close_matches(str(value).lower(), words, 1)
+    return f"did you mean {near[0]!r}?" if near else "leave it out"

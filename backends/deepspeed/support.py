@@ -27,15 +27,20 @@ REFUSED = {
 
 
 def find_problems(spec: Spec, world: int) -> list[Problem]:
-    """What of `spec` cannot be honoured with `world` processes."""
+    """What of `spec` cannot be honoured with `world` processes on this machine."""
+    here = mac_problems(spec, world, macos_version()) if on_mac() else nvme_problems(spec)
+    return [*find_spec_problems(spec, world), *here]
+
+
+def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
+    """What of `spec` cannot be honoured with `world` processes, whatever the machine."""
     return [
         *refusals(spec, REFUSED),
         *batch_problems(spec, world),
         *_precision(spec),
         *_memory(spec),
-        *(mac_problems(spec, world, macos_version()) if on_mac() else nvme_problems(spec)),
         *_offload(spec),
-        *override_problems(spec, declared_settings(spec, world)),
+        *override_problems(spec, world, declared_settings(spec, world)),
     ]
 
 

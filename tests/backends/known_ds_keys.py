@@ -42,7 +42,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "gradient_allreduce_op": {"enum": ["mean", "sum"]},
     "steps_per_print": {"type": "integer", "minimum": 1},
     "vocabulary_size": {"type": "integer", "minimum": 1},
-    "log_level": {"type": "string"},
+    "log_level": {"enum": ["debug", "info", "warning", "error", "critical"]},
     "optimizer.type": {"type": "string"},
     "optimizer.params": {"type": "object"},
     "optimizer.legacy_fusion": {"type": "boolean"},
@@ -58,6 +58,18 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "data_types.keep_in_fp32_modules": {"type": "array", "items": {"type": "string"}},
 }
 """Where a default does not tell the type."""
+LEAST = {
+    "aio.block_size": 1,
+    "aio.intra_op_parallelism": 1,
+    "aio.queue_depth": 1,
+    "zero_optimization.allgather_bucket_size": 1,
+    "zero_optimization.offload_optimizer.buffer_count": 1,
+    "zero_optimization.offload_param.buffer_count": 1,
+    "zero_optimization.offload_param.buffer_size": 1,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
+    "zero_optimization.zero_hpz_partition_size": 1,
+}
+"""The least that makes sense, where DeepSpeed itself takes less and fails later, or does something else."""
 FLAGS = (
     "prescale_gradients",
     "managed_gradient_accumulation",
@@ -209,6 +221,8 @@ def known_keys() -> dict[str, dict[str, Any]]:
             )
     for block, model in modelled().items():
         found |= dict(fields(model, block))
+    for key, least in LEAST.items():
+        found[key]["minimum"] = least
     return found
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from backends.deepspeed.nvme import find_libaio, nvme_problems
 from xtrain import registry
+from xtrain.cli import main
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 
@@ -47,6 +49,18 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert "can be written to" in str(problem)
 
 
+.mark.skipif(not Path("/proc/self").is_dir(), reason="needs: a folder that not even root can write to")
+def test_a_folder_that_not_even_root_can_write_to_is_named() -> None:
+    """os.access says that root may: only writing tells."""
+    (problem,) = nvme_problems(on_drive(Path("/proc/self")), has_libaio=True)
+    assert "expected a folder that can be written to: " in str(problem)
+
+
+def test_asking_leaves_nothing_in_the_folder(tmp_path: Path) -> None:
+    assert list(nvme_problems(on_drive(tmp_path), has_libaio=True)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (problem,) = nvme_problems(on_drive(tmp_path / "file"), has_libaio=True)
@@ -58,10 +72,6 @@ def test_a_missing_libaio_is_told_with_what_to_install(tmp_path: Path, key: str)
     (problem,) = nvme_problems(on_drive(tmp_path, key), has_libaio=False)
     assert problem.path == f"memory.offload.{key}.device"
     assert "libaio-dev" in problem.nearest
-
-
-def test_a_drive_that_can_be_used_is_no_problem(tmp_path: Path) -> None:
-    assert list(nvme_problems(on_drive(tmp_path), has_libaio=True)) == []
 
 
 def test_libaio_is_found_where_the_compiler_is_told_to_look(
@@ -106,3 +116,40 @@ def test_checking_imports_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "2 []\n", done.stderr
+
+
+IMPOSSIBLE = """\
+model: {preset: gpt2-nano}
+data: {source: synthetic}
+batch: {global: 8, micro: 2}
+train: {steps: 9}
+optimizer: {lr: 1e-3}
+memory:
+  sharding: gradients
+  offload: {parameters: {device: nvme, path: /no/such/drive}}
+deepspeed:
+  gradient_cliping: 1.0
+  zero_optimization: {stage: 3}
+"""
+
+
+def test_check_tells_all_that_is_impossible_at_once_and_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
+    path = tmp_path / "spec.yaml"
+    path.write_text(IMPOSSIBLE)
+    done = CliRunner().invoke(main, ["check", str(path), "--backend", "deepspeed", "--world", "3"])
+    assert done.exit_code == 2
+    for place, told in {
+        "3:16": "batch.global: found 8, expected a multiple of micro (2) x processes (3) = 6",
+        "8:13": "memory.offload.parameters: found nvme with sharding gradients, expected memory.sharding",
+        "8:46": "memory.offload.parameters.path: found /no/such/drive, no such folder here",
+        "10:21": "deepspeed.gradient_cliping: found 1.0, unknown to DeepSpeed; did you mean 'gradient_cl",
+        "11:30": "deepspeed.zero_optimization.stage: found 3, expected 2, from memory.sharding",
+    }.items():
+        assert f"  {place}: {told}" in done.stderr

@@ -67,3 +67,55 @@ def test_what_is_in_the_table_the_translation_says() -> None:
 def test_the_table_of_the_documentation_is_current() -> None:
     """When it is not: print backends.deepspeed.mapping.table() and put it below the comment."""
     assert table() in PAGE.read_text()
+
+
+ZERO = "zero_optimization"
+KNOBS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "communication_data_type",
+    "bf16.enabled",
+    *(f"torch_autocast.{key}" for key in ("enabled", "dtype", "lower_precision_safe_modules")),
+    *(f"fp16.{key}" for key in ("enabled", "auto_cast", "loss_scale", "initial_scale_power")),
+    *(f"fp16.{key}" for key in ("loss_scale_window", "hysteresis", "min_loss_scale")),
+    *(f"activation_checkpointing.{key}" for key in ("partition_activations", "cpu_checkpointing")),
+    *(f"activation_checkpointing.{key}" for key in ("contiguous_memory_optimization", "number_checkpoints")),
+    *(f"activation_checkpointing.{key}" for key in ("synchronize_checkpoint_boundary", "profile")),
+    *(f"{ZERO}.{key}" for key in ("stage", "overlap_comm", "contiguous_gradients", "sub_group_size")),
+    *(f"{ZERO}.{key}" for key in ("reduce_bucket_size", "allgather_bucket_size")),
+    *(f"{ZERO}.offload_optimizer.{key}" for key in ("device", "nvme_path", "pin_memory")),
+    *(f"{ZERO}.offload_param.{key}" for key in ("device", "nvme_path", "pin_memory")),
+    *(f"{ZERO}.stage3_{key}" for key in ("prefetch_bucket_size", "param_persistence_threshold")),
+    *(f"{ZERO}.stage3_{key}" for key in ("max_live_parameters", "max_reuse_distance")),
+    f"{ZERO}.stage3_gather_16bit_weights_on_model_save",
+    *(f"aio.{key}" for key in ("block_size", "queue_depth", "intra_op_parallelism", "single_submit")),
+    "aio.overlap_events",
+    "optimizer.type",
+    *(f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")),
+    "scheduler.type",
+    *(f"scheduler.params.{key}" for key in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")),
+    "scheduler.params.total_num_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+"""What people set in a ds_config."""
+
+
+@cache
+def written() -> set[str]:
+    """Every key of a ds_config that the specs of `SET` become, with and without xtrain around it."""
+    translator = find_translator(None)
+    keys: set[str] = set()
+    for key in SET:
+        spec = changed(key)
+        world = spec.launch.processes
+        settings = [*translator.translation(spec, world), *translator.standalone(spec, world)]
+        keys |= {setting.key for setting in settings}
+    return keys
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_every_knob_that_people_know_is_written_from_some_spec(knob: str) -> None:
+    assert knob in written()

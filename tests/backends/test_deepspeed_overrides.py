@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from xtrain import registry
 from xtrain.cli import main
 from xtrain.spec.tree import Spec
+from xtrain.translate import find_translator
+from xtrain.translation import placed
 
 BACKEND = registry.load("deepspeed")
 
@@ -41,14 +43,17 @@ def problems_with(overrides: dict[str, Any], **sections: Any) -> list[str]:
 
 
 def test_an_override_replaces_what_was_derived_and_leaves_the_rest() -> None:
-    plain, changed = config_with({}), config_with({"zero_optimization": {"reduce_bucket_size": 1000}})
+    sharded = {"memory": {"sharding": "gradients"}}
+    overrides = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    plain, changed = config_with({}, **sharded), config_with(overrides, **sharded)
     assert changed["zero_optimization"].pop("reduce_bucket_size") == 1000
     assert plain["zero_optimization"].pop("reduce_bucket_size") != 1000
     assert changed == plain
 
 
 def test_an_override_adds_what_is_not_there() -> None:
-    zero = config_with({"zero_optimization": {"round_robin_gradients": True}})["zero_optimization"]
+    overrides = {"zero_optimization": {"round_robin_gradients": True}}
+    zero = config_with(overrides, memory={"sharding": "gradients"})["zero_optimization"]
     assert zero["round_robin_gradients"] is True
     assert config_with({"comms_logger": {"enabled": True}})["comms_logger"] == {"enabled": True}
 
@@ -161,6 +166,132 @@ def test_a_repeated_clip_is_not_applied_twice_at_stage_0() -> None:
 def test_what_would_change_the_training_or_is_xtrains_own_is_refused(overrides: dict[str, Any]) -> None:
     (message,) = problems_with(overrides)
     assert "not to be set here: " in message
+
+
+# --- without effect, or without sense --------------------------------------------------------------------
+
+STAGE_3 = {"memory": {"sharding": "parameters"}}
+DRIVE = {"device": "nvme", "path": str(Path(__file__).parent)}
+SWAPPED = {"memory": {"sharding": "parameters", "offload": {"optimizer": DRIVE, "parameters": DRIVE}}}
+
+
+def overrides_at(key: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    placed(tree, {key: value})
+    return tree
+
+
+NO_EFFECT: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
+    ("zero_optimization.reduce_bucket_size", 5_000_000, {}, {"memory": {"sharding": "optimizer"}}),
+    ("zero_optimization.stage3_max_live_parameters", 5, {"memory": {"sharding": "gradients"}}, STAGE_3),
+    ("zero_optimization.sub_group_size", 5, {"memory": {"sharding": "optimizer"}}, STAGE_3),
+    ("zero_optimization.round_robin_gradients", True, STAGE_3, {"memory": {"sharding": "gradients"}}),
+    ("aio.queue_depth", 16, STAGE_3, SWAPPED),
+    ("zero_optimization.offload_optimizer.pin_memory", False, STAGE_3, SWAPPED),
+    ("zero_optimization.offload_optimizer.buffer_count", 8, STAGE_3, SWAPPED),
+    (
+        "zero_optimization.offload_optimizer.pipeline_read",
+        True,
+        {"memory": {"sharding": "parameters", "offload": {"optimizer": "cpu"}}},
+        SWAPPED,
+    ),
+    ("zero_optimization.offload_param.buffer_size", 5000, STAGE_3, SWAPPED),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "without", "with_"), NO_EFFECT, ids=[case[0] for case in NO_EFFECT])
+def test_what_would_have_no_effect_is_told_where_it_has_none(
+    key: str, value: Any, without: dict[str, Any], with_: dict[str, Any]
+) -> None:
+    (message,) = override_messages(overrides_at(key, value), **without)
+    assert message.startswith(f"deepspeed.{key}: found ")
+    assert "it has no effect here; leave it out, or set memory." in message
+    assert override_messages(overrides_at(key, value), **with_) == []
+
+
+def test_weights_of_16_bits_are_sharded_and_take_overrides_of_stage_1() -> None:
+    overrides = {"zero_optimization": {"reduce_bucket_size": 5_000_000}}
+    assert override_messages(overrides, precision={"dtype": "bf16", "weights": "bf16"}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sections", "expected"),
+    [
+        (
+            {"log_level": "inform"},
+            {},
+            "expected debug, info, warning, error or critical; did you mean 'info'?",
+        ),
+        ({"aio": {"block_size": -1}}, SWAPPED, "expected a whole number >= 1"),
+        ({"aio": {"queue_depth": 0}}, SWAPPED, "expected a whole number >= 1"),
+        (overrides_at("zero_optimization.offload_param.buffer_count", 0), SWAPPED, "a whole number >= 1"),
+        (
+            overrides_at("zero_optimization.offload_optimizer.buffer_count", 3),
+            SWAPPED,
+            "expected at least 4: parameter, gradient and what the optimizer keeps; use 4",
+        ),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 3}},
+            STAGE_3,
+            "expected a divisor of the number of processes (4); nearest: 2 or 4",
+        ),
+        (
+            {"communication_data_type": "fp16"},
+            {},
+            "expected fp32: the gradients of fp32 weights would be rounded on their way",
+        ),
+        (
+            {"communication_data_type": "fp16"},
+            {"precision": {"dtype": "bf16", "weights": "bf16"}},
+            "expected bf16 or fp32: the gradients of bf16 weights would be rounded on their way",
+        ),
+        ({"communication_data_type": "float16"}, {}, "expected fp32, fp16 or bf16; did you mean 'fp16'?"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_nonsense_is_refused(overrides: dict[str, Any], sections: dict[str, Any], expected: str) -> None:
+    (message,) = override_messages(overrides, world=4, **sections)
+    assert expected in message
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_partition_that_divides_the_processes_is_taken(size: int) -> None:
+    overrides = {"zero_optimization": {"zero_hpz_partition_size": size}}
+    assert override_messages(overrides, world=4, **STAGE_3) == []
+
+
+def test_sgd_needs_fewer_buffers_than_adam() -> None:
+    overrides = overrides_at("zero_optimization.offload_optimizer.buffer_count", 2)
+    assert override_messages(overrides, optimizer={"name": "sgd", "lr": 0.1}, **SWAPPED) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("Gradient_Clipping", "gradient_clipping"),
+        ("overlap_com", "zero_optimization.overlap_comm"),
+        ("zero.round_robin_gradient", "zero_optimization.round_robin_gradients"),
+        ("zero_optimisation.reduce_bucket_size", "zero_optimization.reduce_bucket_size"),
+        ("aio.queue_dept", "aio.queue_depth"),
+    ],
+)
+def test_a_typo_gets_the_nearest_key(key: str, meant: str) -> None:
+    (message,) = override_messages(overrides_at(key, 1))
+    assert f"unknown to DeepSpeed; did you mean '{meant}'?" in message
+
+
+def test_a_dotted_name_is_no_section() -> None:
+    (message,) = override_messages({"zero_optimization.overlap_comm": False}, **STAGE_3)
+    assert message == (
+        "deepspeed.'zero_optimization.overlap_comm': found false, unknown to DeepSpeed; "
+        "DeepSpeed knows no dotted names: write sections"
+    )
+
+
+def override_messages(overrides: dict[str, Any], world: int = 1, **sections: Any) -> list[str]:
+    translator = find_translator("deepspeed")
+    spec = make_spec(overrides, **sections)
+    return [str(problem) for problem in translator.override_problems(spec, world)]
 
 
 @pytest.mark.parametrize("options", [[], ["--backend", "deepspeed"], ["--backend", "cpu"]], ids=str)

@@ -108,7 +108,10 @@ SET: dict[str, dict[str, Any]] = {
     "stability.stop_after": {"stability": {"grad_norm": 5.0, "stop_after": 3}},
     "log.every_steps": {"log": {"every_steps": 1}},
     "log.trackers": {"log": {"trackers": ["tensorboard"]}},
-    "deepspeed": {"deepspeed": {"zero_optimization": {"overlap_comm": False}}},
+    "deepspeed": {
+        "memory": {"sharding": "gradients"},
+        "deepspeed": {"zero_optimization": {"overlap_comm": False}},
+    },
     "manual.devices": {"manual": {"devices": ["main", "cpu"]}},
     "manual.split": {"manual": {"devices": ["main", "cpu"], "split": [1, 3]}},
 }

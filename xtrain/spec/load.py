@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from xtrain.contract import Backend, Problem
+from xtrain.contract import Problem
 from xtrain.errors import SpecError
 from xtrain.spec.check import check_spec
 from xtrain.spec.overrides import Overrides
@@ -18,8 +19,16 @@ from xtrain.spec.tree import Spec
 from xtrain.translation import translators
 
 
+class Judge(Protocol):
+    """A backend, or whoever speaks for one, asked what of a spec it cannot honour."""
+
+    name: str
+
+    def problems(self, spec: Spec, world: int) -> list[Problem]: ...
+
+
 def load_spec(
-    path: Path, overrides: Sequence[str] = (), world: int | None = None, backend: Backend | None = None
+    path: Path, overrides: Sequence[str] = (), world: int | None = None, backend: Judge | None = None
 ) -> Spec:
     """Read, validate and check the spec at `path`, with each of `overrides` ("train.steps=20") applied.
 
@@ -52,7 +61,7 @@ def _read(path: Path) -> Document:
 
 
 def _examine(
-    document: Document, overrides: Sequence[str], world: int | None, backend: Backend | None
+    document: Document, overrides: Sequence[str], world: int | None, backend: Judge | None
 ) -> tuple[Spec, list[Problem]]:
     """The spec, of which only what is sound is as given, and its problems: one for each key."""
     data, changes = deepcopy(document.data), Overrides()
@@ -72,7 +81,7 @@ def _examine(
 
 
 def _asked(
-    backend: Backend | None, spec: Spec, world: int | None, unsound: Collection[str]
+    backend: Judge | None, spec: Spec, world: int | None, unsound: Collection[str]
 ) -> Iterator[Problem]:
     """What the backend cannot honour, of the sections that are as given."""
     if backend is not None:
@@ -92,7 +101,7 @@ def _blame(
     document: Document,
     overrides: Sequence[str],
     world: int | None,
-    backend: Backend | None,
+    backend: Judge | None,
 ) -> list[Problem]:
     """The problems; those that would not be there without an override name it instead of a line."""
     causes: dict[Problem, list[str]] = {problem: [] for problem in problems if not problem.origin}

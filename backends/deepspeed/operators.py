@@ -1,0 +1,59 @@
+"""The operators that DeepSpeed compiles where it first needs them: which, where they are kept, and that it takes
+a while.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .zero import offload_of
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+SHARED_MEMORY = "deepspeed_shm_comm"
+"""Reductions between the processes of one host, on a CPU; also for a single one."""
+FILES = "async_io"
+"""Reading and writing what lives on a drive."""
+
+
+def needed(spec: Spec, on_cpu: bool) -> list[str]:
+    """The operators that a run of `spec` loads."""
+    targets = (offload_of(spec).optimizer, offload_of(spec).parameters)
+    on_drive = any(target.device == "nvme" for target in targets)
+    return [SHARED_MEMORY] * on_cpu + [FILES] * on_drive
+
+
+def announce(names: Collection[str], installed: Collection[str], say: Callable[[str], None]) -> None:
+    """One line if some of `names` must be compiled first; `installed` came ready-made with DeepSpeed."""
+    missing = [name for name in names if name not in installed and not _is_compiled(name)]
+    if missing:
+        where = os.environ.get("TORCH_EXTENSIONS_DIR") or _default_root()
+        say(
+            f"DeepSpeed now compiles {' and '.join(missing)} into {where}: "
+            "about half a minute each, once for this Python and torch"
+        )
+
+
+def folders() -> list[Path]:
+    """Where torch keeps what is compiled: one folder, or by default one for each Python and torch."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return [Path(root)] if root else sorted(_default_root().glob("py*"))
+
+
+def _default_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def _is_compiled(name: str) -> bool:
+    """For this Python, as far as the folder's name tells."""
+    ours = f"py{sys.version_info.major}{sys.version_info.minor}"
+    chosen = "TORCH_EXTENSIONS_DIR" in os.environ
+    places = [one for one in folders() if chosen or one.name.startswith(ours)]
+    return any((place / name / f"{name}.so").exists() for place in places)
