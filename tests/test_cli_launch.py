@@ -96,7 +96,7 @@ def test_what_no_backend_can_run_is_refused_before_anything_is_printed(tmp_path:
     assert "memory.offload.optimizer: found cpu, expected sharding" in result.stderr
 
 
-.mark.parametrize("where", [["--print"], ["--slurm", "--nodes", "2", "--nproc", "4"]], ids=str)
+@pytest.mark.parametrize("where", [["--print"], ["--slurm", "--nodes", "2", "--nproc", "4"]], ids=str)
 def test_the_named_backend_is_asked_before_anything_is_printed(tmp_path: Path, where: list[str]) -> None:
     hosts = None if "--slurm" in where else "gpu1 slots=2\ngpu2 slots=2\n"
     result = launch(tmp_path, *where, "--out", "a", "--backend", "cpu", hosts=hosts)
@@ -109,10 +109,10 @@ def test_a_drive_that_only_the_hosts_have_is_left_to_them(tmp_path: Path) -> Non
     assert len(printed(tmp_path, "--backend", "deepspeed", "--set", f"memory={drive}")) == 2
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("ssh", "message"),
     [
-        ("'", "error: --ssh: found \"'\", which is no command: No closing quotation\n"),
+        ("'", 'error: --ssh: found "\'", which is no command: No closing quotation\n'),
         (" ", "error: --ssh: found nothing, expected a command such as `ssh -p 2222`; or leave it out\n"),
     ],
 )
@@ -121,14 +121,14 @@ def test_an_ssh_that_is_no_command_is_refused(tmp_path: Path, ssh: str, message:
     assert (result.exit_code, result.stderr) == (2, message)
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("command", "how"),
     [("exit 7", "ended with exit code 7"), ("kill -9 $$", "was killed by signal 9")],
 )
 def test_a_host_whose_command_ends_is_told_with_its_exit_code(
     command: str, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    in_place_of_ssh = ["sh", "-c", "eval \"$1\""]
+    in_place_of_ssh = ["sh", "-c", 'eval "$1"']
     assert Remote({"gpu1": command, "gpu2": "true"}, in_place_of_ssh).wait() == 1
     assert capfd.readouterr().err == f"gpu1 {how}\n"
 

@@ -80,10 +80,12 @@ def _over(base: Imported, upper: Imported) -> Imported:
     spec = {**base.spec}
     for name, section in upper.spec.items():
         below = spec.get(name)
-        mixed = isinstance(section, dict) and isinstance(below, dict) and name != "schedule"
-        if mixed and "name" in section and section["name"] != below.get("name"):
-            below = {"lr": below["lr"]}
-        spec[name] = {**below, **section} if mixed else section
+        if not isinstance(section, dict) or not isinstance(below, dict) or name == "schedule":
+            spec[name] = section
+        elif section.get("name", below.get("name")) != below.get("name"):
+            spec[name] = {"lr": below["lr"], **section}
+        else:
+            spec[name] = {**below, **section}
     chosen = {key: why for key, why in base.chosen.items() if not _is_said(key, upper.spec)}
     return Imported(spec, {**chosen, **upper.chosen}, [*base.left_out, *upper.left_out])
 

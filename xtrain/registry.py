@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
@@ -13,7 +14,7 @@ GROUP = "xtrain.backends"
 
 def names() -> list[str]:
     """Every registered backend, without importing any."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    return sorted({point.name for point in _points()})
 
 
 def load(name: str) -> Backend:
@@ -22,7 +23,7 @@ def load(name: str) -> Backend:
     Raises BackendError when there is none, when two installed packages provide it, or when what
     it needs is not installed.
     """
-    matches = [point for point in entry_points(group=GROUP) if point.name == name]
+    matches = [point for point in _points() if point.name == name]
     if not matches:
         known = ", ".join(names()) or "none; run `pip install -e .` first"
         raise BackendError(f"no backend named {name!r}. Installed: {known}")
@@ -46,6 +47,12 @@ def survey() -> dict[str, Availability]:
             return Availability(False, str(error))
 
     return {name: probe(name) for name in names()}
+
+
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """Read once: the metadata of all installed packages take longer than a spec's check."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _provider(point: EntryPoint) -> str:

@@ -78,7 +78,8 @@ def _fill(key: str, arguments: Mapping[str, Any], found: Filled) -> None:
     elif (filling := argument_for(key, arguments)) is not None:
         value, source = filling
         found.values[key] = value
-        found.chosen[spec_key] = f"{key} was auto: {shown(value)}, {source}"
+        before = f"{found.chosen[spec_key]}; " if spec_key in found.chosen else ""
+        found.chosen[spec_key] = f"{before}{key} was auto: {shown(value)}, {source}"
     else:
         found.left_open.append(key)
 

@@ -121,7 +121,9 @@ READ_WHEN: dict[str, Condition] = {
 
 
 def unmet(key: str, spec: Spec) -> Condition | None:
-    """What `spec` lacks for `key` to have an effect; None where it has one."""
+    """What `spec` lacks for `key` to have an effect; None where it has one, or nobody knows yet."""
+    if spec.memory == "auto":
+        return None
     entry = covering(key, READ_WHEN)
     condition = READ_WHEN[entry] if entry is not None else None
     return condition if condition is not None and not condition.met(spec) else None

@@ -29,9 +29,7 @@ def import_overrides(found: Leaves, tree: Tree) -> Tree:
             number = int(value) if KNOWN[key].get("type") == "integer" else value
             if number != ours.get(key, KNOWN[key].get("default")):
                 wanted[key] = number
-        elif key not in KNOWN and key not in REMOVED:
-            found.left_out.append(f"{key}: {shown(value)}: {reason}")
-        elif not says_nothing(key, value) and key not in SILENT and ours.get(key) != value:
+        elif not says_nothing(key, value) and key not in SILENT and (key, value) not in ours.items():
             found.left_out.append(f"{key}: {shown(value)}: {reason}")
     return _honoured(wanted, tree, found)
 

@@ -24,7 +24,9 @@ from .support import REFUSED
 from .translate import NEVER
 from .zero import STAGES
 
-OFFLOADS = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+OFFLOADS = {"offload_optimizer": ("optimizer", 1), "offload_param": ("parameters", 3)}
+"""What the spec calls it, and the ZeRO stage from which on DeepSpeed does it."""
+OLD_FORMS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 
 
 def import_config(
@@ -96,21 +98,27 @@ def _zero(found: Leaves) -> Tree:
         )
     stage = found.take(f"{block}.stage", int(old) if isinstance(old, bool) else 0)
     tree: Tree = {"memory.sharding": next(name for name, one in STAGES.items() if one == stage)}
-    for name, ours in OFFLOADS.items():
-        device = found.take(f"{block}.{name}.device", "none")
-        path = found.take(f"{block}.{name}.nvme_path", None)
-        if device == "none":
-            found.drop(f"{block}.{name}.", "nothing is offloaded")
-        elif name == "offload_param" and stage < 3:
-            found.drop(f"{block}.{name}.", "no effect below stage 3")
-            found.left_out.append(f"{block}.{name}.device: {shown(device)}: no effect below stage 3")
-        else:
-            tree[f"memory.offload.{ours}"] = {"device": device, "path": path} if device == "nvme" else device
-    for name, ours in (("cpu_offload", "optimizer"), ("cpu_offload_param", "parameters")):
-        if found.take(f"{block}.{name}", None):
-            tree[f"memory.offload.{ours}"] = "cpu"
-            found.say(f"memory.offload.{ours}", f"{block}.{name} is the old form of it")
+    _renew(found, block)
+    for name, (ours, least) in OFFLOADS.items():
+        device = found.get(f"{block}.{name}.device", None) or "none"
+        if device == "none" or stage < least:
+            why = "nothing is offloaded" if device == "none" else f"no effect below stage {least}"
+            found.drop(f"{block}.{name}.", why)
+            continue
+        tree[f"memory.offload.{ours}"] = found.take(f"{block}.{name}.device", "none")
+        if device == "nvme":
+            path = found.take(f"{block}.{name}.nvme_path", None)
+            tree[f"memory.offload.{ours}"] = {"device": device, "path": path}
     return tree
+
+
+def _renew(found: Leaves, block: str) -> None:
+    """The old forms of an offload to the CPU, in the words of today."""
+    for old, new in OLD_FORMS.items():
+        if found.take(f"{block}.{old}", None):
+            found.give(f"{block}.{new}.device", "cpu")
+            said = f"{block}.{old} is the old form of {new}.device: cpu"
+            found.say(f"memory.offload.{OFFLOADS[new][0]}", said)
 
 
 def _precision(found: Leaves) -> Tree:

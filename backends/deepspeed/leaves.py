@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 
-from .known_keys import KNOWN
+from .known_keys import KNOWN, REMOVED
 
 
 class Leaves:
@@ -27,6 +28,10 @@ class Leaves:
     def get(self, key: str, default: Any) -> Any:
         return self._flat.get(key, default)
 
+    def give(self, key: str, value: Any) -> None:
+        """As if the config had said so, where it does not say otherwise."""
+        self._flat.setdefault(key, value)
+
     def drop(self, prefix: str, why: str) -> None:
         """Forget every key that begins so; those that ask for something are listed."""
         for key in [key for key in self._flat if key.startswith(prefix)]:
@@ -43,6 +48,8 @@ class Leaves:
 
 def says_nothing(key: str, value: Any) -> bool:
     """Whether DeepSpeed would do the same without it: its default, or something that is off."""
+    if key not in KNOWN and covering(key, REMOVED) is None:
+        return False
     schema = KNOWN.get(key, {})
-    off = (None, schema["default"]) if "default" in schema else (None, False, "none", {}, [])
+    off: tuple[Any, ...] = (None, schema["default"]) if "default" in schema else (None, False, "none", {}, [])
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in off)

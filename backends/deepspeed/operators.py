@@ -1,6 +1,4 @@
-"""The operators that DeepSpeed compiles where it first needs them: which, where they are kept, and that it takes
-a while.
-"""
+"""The operators that DeepSpeed compiles where it first needs them: which, and where they are kept."""
 
 from __future__ import annotations
 

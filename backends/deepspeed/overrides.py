@@ -207,5 +207,5 @@ def nearest(key: str) -> str:
 def _nearest_value(value: Any, schema: Mapping[str, Any]) -> str:
     """The word that was probably meant, where one was expected."""
     words = [word for word in schema.get("enum", []) if isinstance(word, str)]
-    near = get_close_matches(str(value).lower(), words, 1)
+    near = get_close_matches(str(value).lower(), words, 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else "leave it out"

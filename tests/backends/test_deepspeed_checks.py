@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert "can be written to" in str(problem)
 
 
-.mark.skipif(not Path("/proc/self").is_dir(), reason="needs: a folder that not even root can write to")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs: a folder that not even root can write to")
 def test_a_folder_that_not_even_root_can_write_to_is_named() -> None:
     """os.access says that root may: only writing tells."""
     (problem,) = nvme_problems(on_drive(Path("/proc/self")), has_libaio=True)
@@ -146,8 +146,8 @@ def test_check_tells_all_that_is_impossible_at_once_and_starts_no_process(
     done = CliRunner().invoke(main, ["check", str(path), "--backend", "deepspeed", "--world", "3"])
     assert done.exit_code == 2
     for place, told in {
-        "3:16": "batch.global: found 8, expected a multiple of micro (2) x processes (3) = 6",
-        "8:13": "memory.offload.parameters: found nvme with sharding gradients, expected memory.sharding",
+        "3:17": "batch.global: found 8, expected a multiple of micro (2) x processes (3) = 6",
+        "8:25": "memory.offload.parameters: found nvme with sharding gradients, expected memory.sharding",
         "8:46": "memory.offload.parameters.path: found /no/such/drive, no such folder here",
         "10:21": "deepspeed.gradient_cliping: found 1.0, unknown to DeepSpeed; did you mean 'gradient_cl",
         "11:30": "deepspeed.zero_optimization.stage: found 3, expected 2, from memory.sharding",

@@ -53,7 +53,7 @@ def test_a_drive_that_is_not_here_matters_to_check_and_not_to_translate(tmp_path
 
 # --- every key ---------------------------------------------------------------------------------------
 
-PLAIN: dict[str, Any] = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
+PLAIN: dict[str, Any] = {"train_batch_size": 40, "train_micro_batch_size_per_gpu": 2}
 DRIVE = {"device": "nvme", "nvme_path": "/drive"}
 FULL: dict[str, Any] = {
     **PLAIN,
@@ -84,16 +84,16 @@ def unusual(schema: dict[str, Any]) -> Any:
 
 def within(config: dict[str, Any], key: str) -> dict[str, Any]:
     """The config with an unusual value at `key`."""
-    changed = json.loads(json.dumps(config))
+    changed: dict[str, Any] = json.loads(json.dumps(config))
     placed(changed, {key: unusual(KNOWN[key])})
     return changed
 
 
 def is_carried(key: str, found: Imported) -> bool:
     spec = spec_of(found)
-    value = unusual(KNOWN[key])
+    value: Any = unusual(KNOWN[key])
     if key == "gradient_clipping":
-        return spec.train.clip == value
+        return bool(spec.train.clip == value)
     if key in ("tensorboard.enabled", "wandb.enabled"):
         return key.partition(".")[0] in spec.log.trackers
     return any(setting.key == key and setting.value == value for setting in translation(spec))

@@ -170,9 +170,11 @@ def test_what_would_change_the_training_or_is_xtrains_own_is_refused(overrides: 
 
 # --- without effect, or without sense --------------------------------------------------------------------
 
-STAGE_3 = {"memory": {"sharding": "parameters"}}
+STAGE_3: dict[str, Any] = {"memory": {"sharding": "parameters"}}
 DRIVE = {"device": "nvme", "path": str(Path(__file__).parent)}
-SWAPPED = {"memory": {"sharding": "parameters", "offload": {"optimizer": DRIVE, "parameters": DRIVE}}}
+SWAPPED: dict[str, Any] = {
+    "memory": {"sharding": "parameters", "offload": {"optimizer": DRIVE, "parameters": DRIVE}}
+}
 
 
 def overrides_at(key: str, value: Any) -> dict[str, Any]:

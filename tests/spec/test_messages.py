@@ -321,7 +321,7 @@ DOTTED = [*all_keys(), "zzz", "train.zzz", "trian", "optimizer.name.x", "memory.
 
 
 @given(st.dictionaries(st.sampled_from(DOTTED), VALUES, max_size=6))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_wrong_is_told_and_breaks_nothing(changes: dict[str, Any]) -> None:
     Path("spec.yaml").write_text(GOOD)
     with suppress(SpecError):
