@@ -1,4 +1,4 @@
-"""Processes that start quickly and clean: forked from a server that has imported torch and done nothing with it.
+"""Processes that start quickly and clean: forked from a server that imported torch and did nothing with it.
 
 A fork of the test process itself would inherit what earlier tests left there; autograd, once it has
 threads for a second device, refuses to work in a fork at all.
