@@ -19,18 +19,7 @@ from benchmarks.workload import Workload
 
 def build_model(load: Workload) -> GPT2LMHeadModel:
     """Without dropout, as xtrain's; the weights are the library's own."""
-    config = GPT2Config(
-        vocab_size=load.vocab_size,
-        n_positions=load.positions,
-        n_embd=load.hidden,
-        n_layer=load.layers,
-        n_head=load.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(GPT2Config.from_dict(load.hugging_face_config()))
 
 
 def train(folder: Path) -> measured.Training:

@@ -10,12 +10,17 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter, process_time, time
 
 from xtrain.machine import reset_peak_resident, resident_bytes
+
+STARTED = "BENCHMARK_STARTED"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,45 @@ class Training:
     """Mean over the step's targets."""
     total_seconds: float
     """All steps, and whatever happened between them."""
+    cpu_step_seconds: float | None = None
+    """CPU time of all threads of the process for a step: the mean over all but the first."""
+    startup_seconds: float | None = None
+    """From the start of the process to the end of its first step."""
+
+
+class Clock:
+    """Takes down when steps ended, of a program whose loop is somebody else's."""
+
+    def __init__(self) -> None:
+        self.wall = [perf_counter()]
+        self.cpu: list[float] = []
+        """CPU seconds of this process, of all threads, from the first end of a step on."""
+        self.first_step_at = 0.0
+
+    def begin(self) -> None:
+        """Immediately before the first step."""
+        self.wall[0] = perf_counter()
+
+    def step_ended(self) -> None:
+        self.wall.append(perf_counter())
+        self.cpu.append(process_time())
+        if len(self.cpu) == 1:
+            self.first_step_at = time()
+
+    def training(self, losses: list[float]) -> Training:
+        return Training(
+            [end - start for start, end in pairwise(self.wall)],
+            losses,
+            self.wall[-1] - self.wall[0],
+            cpu_step_seconds=(self.cpu[-1] - self.cpu[0]) / max(1, len(self.cpu) - 1),
+            startup_seconds=seconds_since_start(self.first_step_at),
+        )
+
+
+def seconds_since_start(moment: float) -> float | None:
+    """From the moment this process was asked for (Runner says it) to `moment`; both since the epoch."""
+    started = os.environ.get(STARTED)
+    return moment - float(started) if started else None
 
 
 @dataclass(frozen=True)
@@ -41,6 +85,8 @@ class Measured:
     peak_bytes: int
     modules: list[str]
     """Everything that was imported in the end, in that order."""
+    cpu_step_seconds: float | None = None
+    startup_seconds: float | None = None
 
     @property
     def growth_bytes(self) -> int:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import time
 
 import psutil
 
 from benchmarks import workload
-from benchmarks.measured import Measured
+from benchmarks.measured import STARTED, Measured
 from benchmarks.overhead_report import CaseResult, evaluate, markdown
 from benchmarks.workload import SIZES, Precision, Workload
 from xtrain.machine import environment
@@ -77,10 +78,9 @@ class Runner:
         if imports is not None:
             (self.folder / "imports.json").write_text(json.dumps(imports))
             command += ["--imports", str(self.folder / "imports.json")]
+        environ = {**self.environment, **variables, STARTED: str(time())}
         with log.open("w") as output:
-            done = subprocess.run(
-                command, cwd=ROOT, env={**self.environment, **variables}, stdout=output, stderr=output
-            )
+            done = subprocess.run(command, cwd=ROOT, env=environ, stdout=output, stderr=output)
         if done.returncode:
             sys.exit(f"error: {' '.join(command)} exited with {done.returncode}\n{log.read_text()[-4000:]}")
         return Measured(**json.loads(result.read_text()))

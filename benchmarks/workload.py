@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 Precision = Literal["fp32", "bf16"]
+HF_FOLDER = "hugging_face"
+"""In a workload's folder: the same model as a config of the transformers library."""
 SHARDING_BY_STAGE = {0: "none", 1: "optimizer", 2: "gradients", 3: "parameters"}
 
 
@@ -85,6 +87,22 @@ class Workload:
             "memory": {"sharding": SHARDING_BY_STAGE[self.zero_stage]},
         }
 
+    def hugging_face_config(self) -> dict[str, Any]:
+        """Without dropout, as xtrain's."""
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": self.vocab_size,
+            "n_positions": self.positions,
+            "n_embd": self.hidden,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            "use_cache": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+
 
 SIZES = {
     "micro": Workload(2, 128, 4, context=128, global_batch=16, micro_batch=8, steps=80),
@@ -93,7 +111,7 @@ SIZES = {
 
 
 def write(folder: Path, workload: Workload) -> None:
-    """Lay down the three files of `workload` in an empty `folder`."""
+    """Lay down the files of `workload` in an empty `folder`."""
     import yaml
 
     from xtrain.data import open_data
@@ -101,6 +119,8 @@ def write(folder: Path, workload: Workload) -> None:
 
     (folder / "workload.json").write_text(json.dumps(asdict(workload)))
     (folder / "spec.yaml").write_text(yaml.safe_dump(workload.spec(), sort_keys=False))
+    (folder / HF_FOLDER).mkdir()
+    (folder / HF_FOLDER / "config.json").write_text(json.dumps(workload.hugging_face_config()))
     data = open_data(load_spec(folder / "spec.yaml"), show_progress=False)
     steps = [data.micro_batches(step, data_rank=0, data_size=1) for step in range(workload.steps)]
     np.save(folder / "batches.npy", [[(b.tokens, b.targets) for b in batches] for batches in steps])

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from benchmarks import measured
 from xtrain.cli import main
+from xtrain.metrics import StepRecord
+from xtrain.recorder import Recorder
 
 assert torch  # the command imports it late; here it belongs to the imports
 
@@ -23,14 +27,24 @@ def train(folder: Path) -> measured.Training:
     backend, out = os.environ["BENCHMARK_BACKEND"], folder / f"run-{os.getpid()}"
     settings = json.loads(os.environ.get("BENCHMARK_SETTINGS", "{}"))
     changed = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    clock, saw = measured.Clock(), Recorder.saw
+
+    def timed(recorder: Recorder, record: StepRecord) -> None:
+        clock.step_ended()
+        saw(recorder, record)
+
     try:
-        main(["run", str(folder / "spec.yaml"), "--backend", backend, "--out", str(out), *changed])
+        with patch.object(Recorder, "saw", timed):
+            main(["run", str(folder / "spec.yaml"), "--backend", backend, "--out", str(out), *changed])
     except SystemExit as end:
         if end.code:
             raise
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    total_seconds = json.loads((out / "record.json").read_text())["totals"]["seconds"]
-    return measured.Training([row["seconds"] for row in rows], [row["loss"] for row in rows], total_seconds)
+    return replace(
+        clock.training([row["loss"] for row in rows]),
+        step_seconds=[row["seconds"] for row in rows],  # records come a window at a time
+        total_seconds=json.loads((out / "record.json").read_text())["totals"]["seconds"],
+    )
 
 
 if __name__ == "__main__":

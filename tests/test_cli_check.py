@@ -94,8 +94,11 @@ def test_named_backend_is_asked_with_the_given_number_of_processes(good: Path) -
     assert "launch.processes: found 2, backend null is always one process; use --nproc 1" in result.stderr
 
 
-def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(good: Path) -> None:
+def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good.write_text(f"{GOOD}memory: auto\nprecision: fp8\nlaunch:\n  processes: 2\n")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     result = xtrain("check", good, "--backend", "cpu", "--set", "train.compile=true")
     assert result.stderr == (
         f"error: {good}, on backend cpu, has 4 problems\n"
@@ -104,7 +107,8 @@ def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(goo
         "loss_scale, initial_scale_power, ...\n"
         "  9:14: launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
         "deepspeed for 2 processes\n"
-        "  --set train.compile=true: train.compile: found true, not built on this backend yet; use false\n"
+        "  --set train.compile=true: train.compile: found true, torch.compile builds C++ and finds no "
+        "compiler (no-such-compiler; the variable CXX names another); install them, or use false\n"
     )
 
 

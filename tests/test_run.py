@@ -71,7 +71,8 @@ def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
 
 
 @pytest.mark.slow  # asks every backend whether it is usable, which imports its library
-def test_backend_that_was_chosen_refuses_with_the_place_in_the_file() -> None:
+def test_backend_that_was_chosen_refuses_with_the_place_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
     head, *lines = refused(f"{SPEC}memory: auto\n", "--set", "train.compile=true")
     assert head.startswith("error: spec.yaml, on backend ")
     assert [line.split(" found")[0] for line in lines] == [

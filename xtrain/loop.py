@@ -55,6 +55,8 @@ class Loop:
     checkpointer: Checkpointer | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     """Of this process; the ranks agree on it."""
+    audits: bool = True
+    """Whether the ledger takes the first steps: it sees no tensor that compiled code makes."""
     beat: Callable[[], None] = lambda: None
     """Called at every step: the loop is alive (xtrain/watchdog.py)."""
     peak_live_bytes: int | None = None
@@ -72,7 +74,7 @@ class Loop:
                 self._close(window)  # a traced step waits for the device at every span: it stands alone
             self.beat()
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
-            if is_audited(done - start, stop - start) and self.engine.holdings():
+            if self.audits and is_audited(done - start, stop - start) and self.engine.holdings():
                 self._audited_step(done, window)
             else:
                 self._step(done, window, trace)

@@ -144,7 +144,8 @@ class Run:
             watches(spec),
             checkpointer,
             lambda: self.stop.requested,
-            watchdog.beat,
+            audits=not spec.train.compile,
+            beat=watchdog.beat,
         )
         started = perf_counter()
         with watchdog:

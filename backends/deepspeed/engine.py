@@ -31,6 +31,7 @@ from xtrain.contract import (
 )
 from xtrain.ledger import count_bytes
 from xtrain.techniques.checkpointing import checkpoint_activations
+from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
 from . import state
 from .construct import bound_gathering, build
@@ -67,7 +68,9 @@ class DeepSpeedEngine:
         self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
         built = build(source, self.drive.config, self.stage)
         self.parameter_count = built.parameter_count
+        compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)
+        self.first_step = FirstStep(spec, first_rank=job.rank == 0)
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
         self.optimizer = build_optimizer(spec.optimizer, built.model, built.decayed)
@@ -86,7 +89,8 @@ class DeepSpeedEngine:
         """One update of all ranks; a full device raises OutOfMemory on the rank that has it."""
         before_update = True
         try:
-            loss_sum = self._accumulate(step, trace)
+            with self.first_step.told():
+                loss_sum = self._accumulate(step, trace)
             before_update = False
             return self._update(step, loss_sum, accept, trace)
         except torch.OutOfMemoryError as error:
@@ -158,7 +162,7 @@ class DeepSpeedEngine:
         self.engine.eval()
         total = torch.zeros((), device=self.device)
         tokens = 0
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.spec):
             for batch in batches:
                 total += self.engine(*self._to_device(batch))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())

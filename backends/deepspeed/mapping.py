@@ -52,7 +52,7 @@ MAPPING: dict[str, Row] = {
     "train.seed": Row(NOT_IN, LOOP),
     "train.clip": Row(("gradient_clipping",), "global norm over all gradients, one factor (clipping.py)"),
     "train.eval_every": Row(NOT_IN, LOOP),
-    "train.compile": Row(NOT_IN, "torch.compile"),
+    "train.compile": Row(NOT_IN, "torch.compile, block by block (xtrain/techniques/compiled.py)"),
     "optimizer.name": Row(("[optimizer.type]",), "torch's AdamW or SGD (optimizer.py)"),
     "optimizer.lr": Row(
         ("[optimizer.params.lr]", "[scheduler.params.warmup_max_lr]"), "set before every update"

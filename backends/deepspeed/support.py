@@ -9,6 +9,7 @@ from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
 from xtrain.spec.keys import printed, refusals
 from xtrain.techniques.checkpointing import recomputes
+from xtrain.techniques.compiled import compile_notes, compile_problems
 
 from .apple import mac_notes, mac_problems, macos_version, on_mac
 from .nvme import nvme_problems
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 REFUSED = {
-    "train.compile": "use false",
     "memory.offload.activations": "use memory.checkpointing",
 }
 """Keys whose technique comes later, with what to do until then."""
@@ -36,6 +36,7 @@ def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
     """What of `spec` cannot be honoured with `world` processes, whatever the machine."""
     return [
         *refusals(spec, REFUSED),
+        *_compile(spec),
         *batch_problems(spec, world),
         *_precision(spec),
         *_memory(spec),
@@ -46,7 +47,7 @@ def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
 
 def find_notes(spec: Spec) -> list[str]:
     """Decisions that are not the spec's own words."""
-    notes = []
+    notes = compile_notes(spec)
     if spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]:
         notes.append(
             "ZeRO stage 1 instead of 0: "
@@ -65,11 +66,21 @@ def find_notes(spec: Spec) -> list[str]:
             "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
             "gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known beforehand"
         )
-    if spec.model.blocks is not None and not recomputes(spec):
+    if spec.model.blocks is not None and not recomputes(spec) and not spec.train.compile:
         notes.append("model.blocks is not used: nothing in this spec works on single blocks")
     if spec.manual is not None:
         notes.append("the manual section is for another backend and is not used")
     return notes
+
+
+def _compile(spec: Spec) -> Iterator[Problem]:
+    if spec.train.compile and on_mac():
+        yield Problem("train.compile", "true", "expected false: it was never tried on a Mac", "use false")
+    elif spec.train.compile and stage_of(spec) == 3:
+        expected = "expected false: at stage 3 DeepSpeed fetches weights by hooks inside the blocks"
+        yield Problem("train.compile", "true", expected, "use memory.sharding: gradients, or compile: false")
+    else:
+        yield from compile_problems(spec)
 
 
 def _precision(spec: Spec) -> Iterator[Problem]:

@@ -28,6 +28,7 @@ from xtrain.contract import (
 from xtrain.ledger import count_bytes
 from xtrain.spec.tree import Spec
 from xtrain.techniques.checkpointing import checkpoint_activations
+from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
 from . import state
 from .activations import activations_on_host
@@ -54,6 +55,7 @@ class ManualEngine:
             device.prepare()
         self.home = devices[0].torch_device
         self.asynchronous = any(device.asynchronous for device in devices)
+        self.spec = spec
         self.clip = spec.train.clip
         self.precision = spec.precision
         self.scaler = LossScaler(spec.precision) if spec.precision.dtype == "fp16" else None
@@ -63,6 +65,7 @@ class ManualEngine:
         placement = plan_placement(self.model, spec, devices)
         round_weights(self.model, spec.precision)  # before they travel: fp32 ones might not fit
         place(self.model, placement)
+        compile_model(self.model, spec)
         checkpoint_activations(self.model, spec)
         self.weights = hold_weights(self.model, offload_of(spec))
         self.parks_activations = offload_of(spec).activations.enabled
@@ -72,12 +75,13 @@ class ManualEngine:
         self.optimizer = build_optimizer(
             spec.optimizer, updated, source, fused=all(fused[p.device] for p in updated.values())
         )
+        self.first_step = FirstStep(spec, first_rank=True)
         torch.manual_seed(spec.train.seed)  # dropout, from here on
         self.model.train()
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         scale = self.scaler.scale if self.scaler else None
-        with self._watch_memory(before_update=True):
+        with self._watch_memory(before_update=True), self.first_step.told():
             loss_sum = self._accumulate(step, scale or 1.0, trace)
         with self._watch_memory(before_update=False), trace.span("optimizer"):
             gradients = self.weights.gradients()
@@ -120,7 +124,7 @@ class ManualEngine:
         self.model.eval()
         total = torch.zeros((), device=self.home)
         tokens = 0
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.spec):
             for batch in batches:
                 with self._autocast():
                     total += self.model(*self._bring_home(batch))

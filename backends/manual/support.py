@@ -8,17 +8,12 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
-from xtrain.spec.keys import refusals
 from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
+from xtrain.techniques.compiled import compile_notes, compile_problems
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
-
-REFUSED = {
-    "train.compile": "use false",
-}
-"""Keys whose technique comes later, with what to do until then."""
 
 MAIN = "main"
 DEVICE_NAME = re.compile(rf"{MAIN}|cpu|mps|cuda(:\d{{1,3}})?")
@@ -26,7 +21,7 @@ DEVICE_NAME = re.compile(rf"{MAIN}|cpu|mps|cuda(:\d{{1,3}})?")
 
 def find_problems(spec: Spec, world: int, device: str) -> list[Problem]:
     return [
-        *refusals(spec, REFUSED),
+        *_compile(spec, device),
         *_world(world, device),
         *_precision(spec),
         *_memory(spec),
@@ -50,7 +45,7 @@ def offload_of(spec: Spec) -> Offload:
 
 def find_notes(spec: Spec, main: str) -> list[str]:
     """What is honoured by having nothing to do."""
-    notes = []
+    notes = compile_notes(spec)
     names = device_names(spec, main)
     if len(names) > 1 and len(set(names)) == 1:
         notes.append(f"layers over devices: all of them are {names[0]}, so no memory is saved")
@@ -61,11 +56,20 @@ def find_notes(spec: Spec, main: str) -> list[str]:
         )
     if offload_of(spec) != Offload() and set(names) == {"cpu"}:
         notes.append("memory.offload does nothing here: the device is the CPU")
-    if spec.model.blocks is not None and not recomputes(spec) and len(names) == 1:
+    whole = not recomputes(spec) and not spec.train.compile and len(names) == 1
+    if spec.model.blocks is not None and whole:
         notes.append("model.blocks is not used: nothing in this spec works on single blocks")
     if spec.deepspeed is not None:
         notes.append("the deepspeed section is for another backend and is not used")
     return notes
+
+
+def _compile(spec: Spec, device: str) -> Iterator[Problem]:
+    if spec.train.compile and device == "mps":
+        expected = "expected false: torch.compile is experimental on Apple GPUs and was never tried here"
+        yield Problem("train.compile", "true", expected, "use false")
+    else:
+        yield from compile_problems(spec)
 
 
 def _world(world: int, device: str) -> Iterator[Problem]:

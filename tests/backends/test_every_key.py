@@ -143,6 +143,7 @@ EVERYWHERE = {
     "train.seed": "data",  # and model, and the engine's random states
     "train.clip": "engine",
     "train.eval_every": "loop",
+    "train.compile": "engine",
     "optimizer.name": "engine",
     "optimizer.lr": "schedule",
     "optimizer.betas": "engine",

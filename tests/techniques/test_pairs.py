@@ -103,7 +103,8 @@ def losses(backend: Backend, spec: Spec) -> list[float]:
     data = open_data(spec, show_progress=False)
     engine = backend.start(backend.resolve(spec, 1), model_source(spec, data.vocab_size), Job())
     collector = Collector()
-    Loop(engine, data, learning_rate(spec), collector, STEPS).run(0, STEPS)
+    audits = not spec.train.compile
+    Loop(engine, data, learning_rate(spec), collector, STEPS, audits=audits).run(0, STEPS)
     engine.close()
     assert not any(record.skipped for record in collector.records)
     return [record.loss for record in collector.records if record.loss is not None]

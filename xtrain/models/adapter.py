@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xtrain.errors import RunFailed, described
-from xtrain.models.loss import PLAIN, LogitForm, cross_entropy_sum, projected_cross_entropy_sum
+from xtrain.models.loss import PLAIN, ChunkedHead, LogitForm, cross_entropy_sum
 from xtrain.models.loss_chunk import LossChunk
 
 
@@ -54,7 +54,7 @@ class LogitsLoss(Adapter):
         return cross_entropy_sum(logits, targets)
 
 
-class LossHead(nn.Module):
+class LossHead(ChunkedHead):
     """Stands where a model had its head, an nn.Linear, with the same parameters under the same names.
 
     hidden [batch, seq, width] -> the head's output, or with targets the sum of token losses. The loss
@@ -63,19 +63,15 @@ class LossHead(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, loss_chunk: LossChunk, form: LogitForm = PLAIN) -> None:
-        super().__init__()
+        super().__init__(loss_chunk, form)
         self.weight = linear.weight
         self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
-        self.loss_chunk = loss_chunk
-        self.form = form
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
-        return projected_cross_entropy_sum(
-            hidden, self.weight, targets, self.loss_chunk, self.bias, self.form
-        )
+        return self.loss_sum(hidden, self.weight, targets, self.bias)
 
 
 class HeadLoss(Adapter):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xtrain.models.loss import projected_cross_entropy_sum
+from xtrain.models.loss import ChunkedHead
 from xtrain.models.loss_chunk import LossChunk
 from xtrain.models.presets import Dimensions
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
         return output
 
 
-class Head(nn.Module):
+class Head(ChunkedHead):
     """hidden [batch, seq, width] -> logits, or with targets the sum of token losses.
 
     The loss is taken here, inside the module that owns the projection, so that an engine which
@@ -95,16 +95,15 @@ class Head(nn.Module):
     """
 
     def __init__(self, size: Dimensions, loss_chunk: LossChunk) -> None:
-        super().__init__()
+        super().__init__(loss_chunk)
         self.norm = nn.LayerNorm(size.hidden, eps=NORM_EPS)
         self.weight = nn.Parameter(torch.empty(size.vocab_size, size.hidden))
-        self.loss_chunk = loss_chunk
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.norm(hidden)
         if targets is None:
             return F.linear(hidden, self.weight)
-        return projected_cross_entropy_sum(hidden, self.weight, targets, self.loss_chunk)
+        return self.loss_sum(hidden, self.weight, targets)
 
 
 class GPT2(nn.Module):

@@ -8,11 +8,13 @@ Nothing is computed twice: the backward pass only multiplies by the incoming gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from xtrain.contract import IGNORED_TARGET
 from xtrain.models.loss_chunk import LossChunk, chunk_tokens
@@ -37,6 +39,12 @@ class LogitForm:
 
 PLAIN = LogitForm()
 
+ChunkArithmetic: TypeAlias = Callable[
+    [LogitForm, torch.Tensor, "torch.Tensor | None", torch.Tensor],
+    tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"],
+]
+"""What `loss_and_gradient` is, and what it becomes when it is compiled (xtrain/techniques/compiled.py)."""
+
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of token losses, in fp32. logits [..., vocabulary], targets [...] with IGNORED_TARGET."""
@@ -52,6 +60,7 @@ def projected_cross_entropy_sum(
     chunk: LossChunk,
     bias: torch.Tensor | None = None,
     form: LogitForm = PLAIN,
+    arithmetic: ChunkArithmetic | None = None,
 ) -> torch.Tensor:
     """Sum of token losses of `form(hidden @ weight.T + bias)`, in fp32.
 
@@ -63,9 +72,30 @@ def projected_cross_entropy_sum(
         return cross_entropy_sum(form.apply(F.linear(hidden, weight, bias).float()), targets)
     rows = hidden.flatten(0, -2)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, targets.flatten(), tokens, form
+        rows, weight, bias, targets.flatten(), tokens, form, arithmetic or loss_and_gradient
     )
     return loss
+
+
+class ChunkedHead(nn.Module):
+    """A model's last part, which takes the loss itself: there the projection is at hand."""
+
+    def __init__(self, loss_chunk: LossChunk, form: LogitForm = PLAIN) -> None:
+        super().__init__()
+        self.loss_chunk = loss_chunk
+        self.form = form
+        self.arithmetic: ChunkArithmetic = loss_and_gradient
+
+    def loss_sum(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return projected_cross_entropy_sum(
+            hidden, weight, targets, self.loss_chunk, bias, self.form, self.arithmetic
+        )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -85,6 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         chunk_tokens: int,
         form: LogitForm,
+        arithmetic: ChunkArithmetic,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -98,15 +129,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 inputs = hidden[rows].to(dtype)
-                output = (inputs @ projection.t()).float()
-                if bias is not None:
-                    output += bias
-                losses, gradient = _loss_and_gradient(form, output, targets[rows])
+                losses, gradient, column_sums = arithmetic(form, inputs @ projection.t(), bias, targets[rows])
                 total += losses
-                if bias_grad is not None:
-                    bias_grad += gradient.sum(dim=0)
-                gradient = gradient.to(dtype)
-                del output  # in 16 bits the gradient has memory of its own now
+                if bias_grad is not None and column_sums is not None:
+                    bias_grad += column_sums
                 if hidden_grad is not None:
                     hidden_grad[rows] = gradient @ projection
                 if weight_grad is not None:
@@ -124,26 +150,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient.float().mul_(upstream).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
-def _loss_and_gradient(
-    form: LogitForm, output: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of losses and its gradient, for fp32 outputs [tokens, vocabulary], which are overwritten."""
+def loss_and_gradient(
+    form: LogitForm, product: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of a head's products [tokens, vocabulary], which are overwritten where they are fp32.
+
+    Returns the sum of losses, its gradient with respect to the products in their dtype, and with a
+    bias the gradient's sums over tokens; sums are fp32.
+    """
+    dtype, output = product.dtype, product.float()
+    del product  # in 16 bits the output has memory of its own
+    if bias is not None:
+        output += bias
     logits = form.apply(output)
     slope = form.slope(logits)
-    counted = (targets != IGNORED_TARGET).unsqueeze(1)
+    counted = (targets != IGNORED_TARGET).unsqueeze(1).float()
     index = targets.clamp(min=0).unsqueeze(1)
     target_logits = logits.gather(1, index)
     largest = logits.amax(dim=1, keepdim=True)
     gradient = logits.sub_(largest).exp_()  # in place: nothing else of this size is made
     total = gradient.sum(dim=1, keepdim=True)
     losses = ((total.log() + largest - target_logits) * counted).sum()
-    gradient.div_(total)
-    gradient.scatter_add_(1, index, torch.full_like(total, -1.0))
-    gradient = gradient.mul_(counted)
-    return losses, gradient if form == PLAIN else gradient.mul_(slope)
+    gradient.mul_(counted / total)
+    gradient.scatter_add_(1, index, -counted)
+    if form != PLAIN:
+        gradient.mul_(slope)
+    return losses, gradient.to(dtype), None if bias is None else gradient.sum(dim=0)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

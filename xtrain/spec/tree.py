@@ -93,7 +93,7 @@ class TrainSection(Section):
     seed: Natural = Field(1234, description="of initial weights, order of data, dropout")
     clip: Positive | None = Field(1.0, description="global gradient norm; null for none")
     eval_every: Natural = Field(0, description="updates between evaluations; 0 for never")
-    compile: Flag = Field(False, description="torch.compile the model")
+    compile: Flag = Field(False, description="compile blocks and loss with torch.compile")
 
 
 class AdamW(Section):
