@@ -24,7 +24,7 @@ from typing import Any
 
 from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer
-from xtrain.checkpoints.shares import share_out
+from xtrain.checkpoints.shares import plan_files
 from xtrain.contract import Engine, Job, StepInput
 from xtrain.data import open_data
 from xtrain.machine import resident_bytes
@@ -112,11 +112,8 @@ def plain_save(engine: Engine, world: int, rank: int, folder: Path) -> float:
     """The export is not in the time: only the writing is compared."""
     import torch
 
-    shards = share_out(engine.state_shapes(), world)
-    owners = {name: shard.rank for shard in shards for name in shard.shapes}
-    state = {
-        (t.name, t.kind): t.value for t in engine.export_state(owners.__getitem__) if t.value is not None
-    }
+    owners = plan_files(engine.state_layout(), world).owners
+    state = {(piece.name, piece.kind): piece.value for piece in engine.export_state(owners.__getitem__)}
     engine.gather(None)
     started = time.perf_counter()
     torch.save(state, folder / f"plain-{rank}.pt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def written(out: Path) -> int:
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_twenty_random_kills_change_neither_the_weights_nor_the_log(tmp_path: Path, background: str) -> None:
+def test_twenty_random_kills_change_neither_the_weights_nor_the_log(
+    tmp_path: Path, background: str, record_property: Callable[[str, object], None]
+) -> None:
     options = {**OPTIONS, "checkpoint": f"{{every_steps: 2, background: {background}}}"}
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(tmp_path, "--out", whole, **options).exit_code == 0
@@ -57,6 +60,7 @@ def test_twenty_random_kills_change_neither_the_weights_nor_the_log(tmp_path: Pa
     kills = sum(killed(tmp_path, out, draw.randint(1, 5), options) for _ in range(KILLS))
     assert run(tmp_path, "--resume", out, **options).exit_code == 0
     assert kills == KILLS
+    record_property("kills", kills)
     assert weights(out, STEPS) == weights(whole, STEPS)
     assert [learned(line) for line in metrics(out)] == [learned(line) for line in metrics(whole)]
 

@@ -275,16 +275,30 @@ StateKind: TypeAlias = Literal["weight", "buffer", "exp_avg", "exp_avg_sq", "mom
 """What of a parameter; the optimizer's names are torch's (`momentum` is SGD's momentum_buffer)."""
 
 
+StateKey: TypeAlias = "tuple[str, StateKind]"
+"""A tensor of the training state, by the parameter's or buffer's name in the model that ModelSource built."""
+
+
 @dataclass(frozen=True)
-class StateTensor:
-    """One whole tensor of the training state, on the CPU; fp32, buffers in their own dtype."""
+class StateForm:
+    """What one tensor of the training state is when it is whole and on the host."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    """torch's name; buffers have their own, all else is fp32."""
+
+
+@dataclass(frozen=True)
+class StatePiece:
+    """Consecutive elements of one tensor of the training state, in its StateForm's dtype, on any device."""
 
     name: str
-    """The parameter's or buffer's name in the model that ModelSource built."""
     kind: StateKind
-    value: torch.Tensor | None
-    """May be the engine's own memory, so it holds until the next train_step: copy what is kept longer.
-    None on the ranks that do not own it."""
+    value: torch.Tensor
+    """Of any shape. May be the engine's own memory, so it holds until the next train_step: copy what is kept
+    longer."""
+    begin: int = 0
+    """Place of its first element in the whole tensor, counted row by row."""
 
 
 class StateReader(Protocol):
@@ -328,15 +342,15 @@ class Engine(Protocol):
         """Local: what stays in memory from step to step, on whatever device; empty where it cannot tell."""
         ...
 
-    def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Local: the whole shape of every parameter and buffer that export_state yields, by name."""
+    def state_layout(self) -> Mapping[StateKey, StateForm]:
+        """Local, and the same on every rank: all that export_state yields, whole; moments once they exist."""
         ...
 
-    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
-        """Weights, buffers and moments, tied ones once; the value of `name` on rank owner(name).
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StatePiece]:
+        """This rank's pieces of weights, buffers and moments: each element comes from exactly one rank.
 
-        Every rank must draw all of it: the tensors come in the same order on each. 16-bit weights
-        are exported from their fp32 masters.
+        What several ranks hold alike comes from rank owner(name); tied tensors once, 16-bit weights from
+        their fp32 masters. Training waits for it: no communication, if possible. Every rank must draw all.
         """
         ...
 

@@ -141,9 +141,9 @@ def gradients_of_engine(
     result = engine.train_step(step, None, NullTrace())
     (values,) = engine.fetch([result])
     gradients = {
-        one.name: one.value.clone()  # it may be the engine's own memory
+        one.name: one.value.to("cpu", copy=True)  # it may be the engine's own memory
         for one in engine.export_state(lambda name: 0)
-        if one.kind == "momentum" and one.value is not None
+        if one.kind == "momentum"
     }
     return values.loss, gradients
 

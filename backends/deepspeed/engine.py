@@ -22,8 +22,10 @@ from xtrain.contract import (
     ModelSource,
     OutOfMemory,
     Resolved,
+    StateForm,
+    StateKey,
+    StatePiece,
     StateReader,
-    StateTensor,
     StepInput,
     StepResult,
     StepValues,
@@ -192,10 +194,10 @@ class DeepSpeedEngine:
     def holdings(self) -> Holdings:
         return holdings(self.engine, self._shards().flat())
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return state.state_shapes(self.engine.module)
+    def state_layout(self) -> dict[StateKey, StateForm]:
+        return state.state_layout(self._shards())
 
-    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StatePiece]:
         return state.export_state(self._shards(), self.data_rank, owner)
 
     def import_state(self, reader: StateReader) -> None:

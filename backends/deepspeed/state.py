@@ -1,8 +1,9 @@
 """The training state by parameter name: out of DeepSpeed's shards, and back into them.
 
 DeepSpeed keeps fp32 weights and moments flat: whole at stage 0, cut into one flat piece per rank and
-group at stages 1 and 2, one piece per rank and parameter at stage 3. Getting a whole tensor is public
-(`safe_get_full_*`); setting one needs private names of 0.19.8, each with its reason beside it.
+group at stages 1 and 2, one piece per rank and parameter at stage 3. Each rank gives its own pieces away:
+DeepSpeed's public getters (`safe_get_full_*`) gather every tensor on every rank, while training waits. Both
+ways need private names of 0.19.8, each with its reason beside it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from xtrain.contract import StateKind, StateReader, StateTensor
+from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
 MOMENTS: dict[str, StateKind] = {
     "exp_avg": "exp_avg",
@@ -23,10 +24,15 @@ MOMENTS: dict[str, StateKind] = {
     "momentum_buffer": "momentum",
 }
 """torch's name in an optimizer's state, and ours."""
+Piece: TypeAlias = "tuple[int, torch.Tensor]"
+"""Place of its first element in the whole parameter, and its elements."""
 
 
 class Shards(ABC):
-    """fp32 weights (`key` None) and moments of one engine. Every method is collective."""
+    """fp32 weights (`key` None) and moments of one engine. Collective, but for `piece` and the names."""
+
+    replicated = False
+    """Whether each rank's pieces are the whole."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -38,7 +44,8 @@ class Shards(ABC):
         """The tensors that the optimizer updates on this rank."""
 
     @abstractmethod
-    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor: ...
+    def piece(self, parameter: nn.Parameter, key: str | None) -> Piece | None:
+        """What this rank has of it, in its own memory; None where it has nothing."""
 
     @abstractmethod
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None: ...
@@ -58,6 +65,10 @@ class Shards(ABC):
         """Which moments exist; none before the first update."""
         states = [self.optimizer.state[tensor] for tensor in self.flat() if tensor in self.optimizer.state]
         return [key for key in MOMENTS if any(isinstance(s.get(key), torch.Tensor) for s in states)]
+
+    def moments_of(self, parameter: nn.Parameter) -> list[str]:
+        """The same for every parameter where moments are kept by groups of them."""
+        return self.moments()
 
     def steps(self) -> int:
         states = (self.optimizer.state[tensor] for tensor in self.flat() if tensor in self.optimizer.state)
@@ -81,15 +92,24 @@ class Shards(ABC):
 class Replicated(Shards):
     """Stage 0: every rank has everything."""
 
+    replicated = True
+
     def flat(self) -> list[torch.Tensor]:
         return [p for p in self.engine.module.parameters() if p.requires_grad]
 
-    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-        tensor: torch.Tensor = parameter if key is None else self.optimizer.state[parameter][key]
-        return tensor
+    def moments_of(self, parameter: nn.Parameter) -> list[str]:
+        state = self.optimizer.state.get(parameter, {})
+        return [key for key in MOMENTS if isinstance(state.get(key), torch.Tensor)]
+
+    def piece(self, parameter: nn.Parameter, key: str | None) -> Piece:
+        return 0, self._whole(parameter, key)
 
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-        self.get(parameter, key).copy_(value)
+        self._whole(parameter, key).copy_(value)
+
+    def _whole(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+        tensor: torch.Tensor = parameter if key is None else self.optimizer.state[parameter][key]
+        return tensor
 
     def publish(self) -> None:
         pass
@@ -107,16 +127,11 @@ class FlatGroups(Shards):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        full = (
-            safe_get_full_fp32_param(parameter)
-            if key is None
-            else safe_get_full_optimizer_state(parameter, key)
-        )
-        assert isinstance(full, torch.Tensor)
-        return full
+    def piece(self, parameter: nn.Parameter, key: str | None) -> Piece | None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -143,25 +158,30 @@ class Partitioned(Shards):
                 for key in keys:
                     self.optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor))
 
-    def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-        if self.engine.world_size == 1 and not self.zero.swap_optimizer:
-            # The piece is the whole: gathering it would be two copies of it.
-            piece: torch.Tensor = self.zero._get_fp32_opt_state_partition(parameter, True, key)[0]
-            return piece[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
-        full: torch.Tensor = self.zero.get_full_hp_param(parameter, key)
-        return full
+    def piece(self, parameter: nn.Parameter, key: str | None) -> Piece | None:
+        numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+        with self._held(parameter, key) as (begin, held, on_drive):
+            own = held[: max(numel - begin, 0)]  # the last pieces may be padded
+            if not own.numel():
+                return None
+            return begin, own.clone() if on_drive else own
 
     def set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
         # By our own piece: DeepSpeed's setter of whole tensors fails where the last piece is padded, and
         # its setter of pieces where the model's own weights are on a drive.
+        with self._held(parameter, key) as (begin, held, _):
+            own = value.flatten()[begin : begin + held.numel()]
+            held[: own.numel()].copy_(own)
+            held[own.numel() :].zero_()
+
+    @contextmanager
+    def _held(self, parameter: nn.Parameter, key: str | None) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """This rank's piece, padding included: its first element's place, its memory, is that on loan?"""
         group, start, piece_numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        mine = value.flatten()[piece_numel * self.engine.global_rank :][:piece_numel]
-        with self._in_memory(group):
+        with self._in_memory(group) as on_drive:
             flat = self.zero.fp32_partitioned_groups_flat[group]
             held = flat if key is None else self.optimizer.state[flat][key]
-            piece = held.data.narrow(0, start, piece_numel)
-            piece[: mine.numel()].copy_(mine)
-            piece[mine.numel() :].zero_()
+            yield piece_numel * self.engine.global_rank, held.data.narrow(0, start, piece_numel), on_drive
 
     def publish(self) -> None:
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
@@ -173,12 +193,12 @@ class Partitioned(Shards):
             kept[0].all_gather(kept)
 
     @contextmanager
-    def _in_memory(self, group: int) -> Iterator[None]:
+    def _in_memory(self, group: int) -> Iterator[bool]:
         """Bring a group's weights and moments from the drive, if that is where they are, and back."""
-        on_drive = self.zero._swappable_optimizer_subgroup(group)
+        on_drive = bool(self.zero._swappable_optimizer_subgroup(group))
         if on_drive:
             self.zero._optimizer_states_and_gradient_swap_in(group)
-        yield
+        yield on_drive
         if on_drive:
             self.zero._optimizer_states_and_gradient_swap_out(group)
 
@@ -187,29 +207,33 @@ def shards_of(engine: Any, stage: int) -> Shards:
     return (Replicated, FlatGroups, FlatGroups, Partitioned)[stage](engine)
 
 
-def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of all parameters and buffers, by name; whole ones, whatever this rank has of them."""
-    whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
-    return whole | {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
-
-
-def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iterator[StateTensor]:
-    """Every tensor of the state, one at a time, on the rank that owns it."""
-
-    def tensor(name: str, kind: StateKind, full: torch.Tensor) -> StateTensor:
-        return StateTensor(name, kind, _on_host(full) if owner(name) == rank else None)
-
-    shards.link()
-    keys = shards.moments()
+def state_layout(shards: Shards) -> dict[StateKey, StateForm]:
+    """Of the whole state, whatever this rank has of it."""
+    layout: dict[StateKey, StateForm] = {}
     for name, parameter in shards.engine.module.named_parameters():
-        if not parameter.requires_grad:
-            yield tensor(name, "weight", _frozen(parameter))
-            continue
-        yield tensor(name, "weight", shards.get(parameter, None))
-        for key in keys:
-            yield tensor(name, MOMENTS[key], shards.get(parameter, key))
+        form = StateForm(tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        layout[name, "weight"] = form
+        if parameter.requires_grad:
+            layout |= {(name, MOMENTS[key]): form for key in shards.moments_of(parameter)}
     for name, buffer in shards.engine.module.named_buffers():
-        yield StateTensor(name, "buffer", buffer.detach().cpu().clone() if owner(name) == rank else None)
+        layout[name, "buffer"] = StateForm(tuple(buffer.shape), str(buffer.dtype).removeprefix("torch."))
+    return layout
+
+
+def export_state(shards: Shards, rank: int, owner: Callable[[str], int]) -> Iterator[StatePiece]:
+    """This rank's pieces, where they are; without communication (but see `_frozen`)."""
+    shards.link()
+    for name, parameter in shards.engine.module.named_parameters():
+        mine = owner(name) == rank
+        if not parameter.requires_grad:
+            yield from _given(name, "weight", _frozen(parameter, rank, mine))
+        elif mine or not shards.replicated:
+            yield from _given(name, "weight", shards.piece(parameter, None))
+            for key in shards.moments_of(parameter):
+                yield from _given(name, MOMENTS[key], shards.piece(parameter, key))
+    for name, buffer in shards.engine.module.named_buffers():
+        if owner(name) == rank:
+            yield StatePiece(name, "buffer", buffer.detach())
 
 
 @torch.no_grad()
@@ -242,13 +266,26 @@ def _expect(reader: StateReader, name: str, kind: StateKind, shape: tuple[int, .
     return stored
 
 
-def _frozen(parameter: nn.Parameter) -> torch.Tensor:
+def _given(name: str, kind: StateKind, piece: Piece | None) -> Iterator[StatePiece]:
+    if piece is not None:
+        begin, values = piece
+        yield StatePiece(name, kind, values.detach().float(), begin)
+
+
+def _frozen(parameter: nn.Parameter, rank: int, mine: bool) -> Piece | None:
+    """Stage 3 cuts these up too; what it keeps on a drive is gathered on every rank, and the owner's."""
     if not hasattr(parameter, "ds_shape"):
-        return parameter
+        return (0, parameter) if mine else None
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters([parameter]):
-        return parameter.detach().clone()
+    held: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+    if held.status != PartitionedParamStatus.AVAILABLE:
+        with GatheredParameters([parameter]):
+            return (0, parameter.detach().clone()) if mine else None
+    begin = rank * held.ds_numel
+    own = held[: max(parameter.ds_numel - begin, 0)]  # type: ignore[attr-defined]
+    return (begin, own) if own.numel() else None
 
 
 def _set_frozen(parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -259,8 +296,3 @@ def _set_frozen(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it is fp32 on the CPU already: whoever keeps it longer copies it."""
-    return tensor.detach().to("cpu", torch.float32)

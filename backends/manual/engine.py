@@ -18,8 +18,10 @@ from xtrain.contract import (
     Memory,
     ModelSource,
     OutOfMemory,
+    StateForm,
+    StateKey,
+    StatePiece,
     StateReader,
-    StateTensor,
     StepInput,
     StepResult,
     StepValues,
@@ -158,11 +160,12 @@ class ManualEngine:
             "optimizer": [value for value in state if isinstance(value, torch.Tensor)],
         }
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return state.state_shapes(self.model)
+    def state_layout(self) -> dict[StateKey, StateForm]:
+        return state.state_layout(self.model, self.weights, self.optimizer)
 
-    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
-        return state.export_state(self.model, self.weights, self.optimizer, owner)
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StatePiece]:
+        """One process: it owns everything, and every piece is a whole tensor."""
+        return state.export_state(self.model, self.weights, self.optimizer)
 
     def import_state(self, reader: StateReader) -> None:
         state.import_state(self.model, self.weights, self.optimizer, reader)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from xtrain.contract import StateKind, StateReader, StateTensor
+from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
 from .weights import Weights
 
@@ -19,23 +19,30 @@ MOMENTS: dict[str, StateKind] = {
 """torch's name in an optimizer's state, and ours."""
 
 
-def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of all parameters and buffers, by name."""
-    return {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+def state_layout(
+    model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer
+) -> dict[StateKey, StateForm]:
+    """Of every tensor that export_state yields."""
+    return {
+        (piece.name, piece.kind): StateForm(
+            tuple(piece.value.shape), str(piece.value.dtype).removeprefix("torch.")
+        )
+        for piece in export_state(model, weights, optimizer)
+    }
 
 
 def export_state(
-    model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, owner: Callable[[str], int]
-) -> Iterator[StateTensor]:
-    """Every tensor of the state, one at a time. One process: it owns everything."""
+    model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer
+) -> Iterator[StatePiece]:
+    """Every tensor of the state, one at a time, where it is: a save needs no second copy of them."""
     for name, parameter in model.named_parameters():
         updated = weights.updated.get(name, parameter)
-        yield StateTensor(name, "weight", _on_host(updated))
+        yield StatePiece(name, "weight", updated.detach().float())
         for key, kind in MOMENTS.items():
             if isinstance(moment := optimizer.state[updated].get(key), torch.Tensor):
-                yield StateTensor(name, kind, _on_host(moment))
+                yield StatePiece(name, kind, moment.float())
     for name, buffer in model.named_buffers():
-        yield StateTensor(name, "buffer", buffer.detach().cpu())
+        yield StatePiece(name, "buffer", buffer.detach())
 
 
 @torch.no_grad()
@@ -87,8 +94,3 @@ def _set(tensor: torch.Tensor, reader: StateReader, name: str, kind: StateKind) 
     if stored.shape != tensor.shape:
         raise ValueError(f"{kind} of {name}: found {tuple(stored.shape)}, expected {tuple(tensor.shape)}")
     tensor.copy_(stored)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it is fp32 on the CPU already: a save needs no second copy of the state."""
-    return tensor.detach().to("cpu", torch.float32)

@@ -19,8 +19,10 @@ from xtrain.contract import (
     ModelSource,
     Problem,
     Resolved,
+    StateForm,
+    StateKey,
+    StatePiece,
     StateReader,
-    StateTensor,
     StepInput,
     StepResult,
     StepValues,
@@ -93,10 +95,10 @@ class NullEngine:
     def holdings(self) -> Holdings:
         return {}
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    def state_layout(self) -> Mapping[StateKey, StateForm]:
         return {}
 
-    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StatePiece]:
         return iter(())
 
     def import_state(self, reader: StateReader) -> None:

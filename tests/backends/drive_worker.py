@@ -1,6 +1,6 @@
 """Trains with state on a drive, stops, and goes on elsewhere: what the drive tests compare.
 
-python tests/backends/drive_worker.py OUT.json DRIVE_FOLDER
+python -m tests.backends.drive_worker OUT.json DRIVE_FOLDER
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tests.whole_state import whole_state
 from xtrain import registry
 from xtrain.contract import Job, StateKind, StepInput
 from xtrain.data import open_data
@@ -28,7 +29,7 @@ class Kept:
     """An engine's state, for another to read."""
 
     def __init__(self, engine: Any) -> None:
-        self.tensors = {(t.name, t.kind): t.value.clone() for t in engine.export_state(lambda name: 0)}
+        self.tensors = whole_state(engine)
         self.extras = engine.extras()
 
     def read(self, name: str, kind: StateKind) -> torch.Tensor | None:

@@ -99,7 +99,7 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
         batches = data.micro_batches(step, engine.data_rank, engine.data_size)
         engine.train_step(StepInput(step, batches, 1e-3, data.target_tokens(step)), None, NullTrace())
     before, ledger = engine.memory().categories, Ledger(engine.holdings)
-    shapes = dict(engine.state_shapes())
+    shapes = {name: form.shape for (name, kind), form in engine.state_layout().items() if kind == "weight"}
     with ledger.open():
         engine.import_state(OneByOne(shapes))
     found = {

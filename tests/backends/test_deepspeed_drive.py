@@ -35,10 +35,11 @@ KINDS = ("optimizer", "parameters", "both")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("drive")
     (folder / "nvme").mkdir()
-    program = [str(ROOT / "tests" / "backends" / "drive_worker.py"), str(folder / "out.json")]
+    program = ["-m", "tests.backends.drive_worker", str(folder / "out.json")]
     environment = {**job_environment(1), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, *program, str(folder / "nvme")],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

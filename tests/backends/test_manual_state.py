@@ -75,8 +75,8 @@ class Training:
         return self
 
     def state(self) -> State:
-        exported = export_state(self.model, self.weights, self.optimizer, lambda name: 0)
-        return {(t.name, t.kind): t.value.clone() for t in exported if t.value is not None}
+        exported = export_state(self.model, self.weights, self.optimizer)
+        return {(piece.name, piece.kind): piece.value.clone() for piece in exported}
 
     def load(self, state: State, steps: int) -> Training:
         import_state(self.model, self.weights, self.optimizer, Stored(state))

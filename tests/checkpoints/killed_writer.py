@@ -1,4 +1,4 @@
-"""A writer that saves checkpoint after checkpoint and kills itself (SIGKILL) at a planned moment of one.
+"""Two ranks that save checkpoint after checkpoint and are killed (SIGKILL) at a planned moment of one.
 
 Every call into the operating system that a save makes is an event, and so is the middle of every tensor and
 document, with half of it written.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 
 from tests.checkpoints.test_format import state
 from xtrain.checkpoints import tensorfile, writer
-from xtrain.checkpoints.writer import Tensors, write
-from xtrain.contract import StateKind
+from xtrain.checkpoints.saving import Save
+from xtrain.checkpoints.shares import plan_files
+from xtrain.checkpoints.writer import Tensors, begin, form_of
+from xtrain.contract import StateKind, StatePiece
 
 ELEMENTS = 5_000
 
@@ -49,21 +51,19 @@ class Events:
         setattr(owner, name, counted)
 
     def inside_of_writes(self) -> None:
-        """A tensor comes to the disk in two halves, and a document too."""
-        add = tensorfile.TensorFile.add
+        """A piece of a tensor comes to the disk in two halves, and a document too."""
+        write_piece = tensorfile.TensorFile.write
         events = self
 
-        def in_halves(file: tensorfile.TensorFile, key: str, tensor: torch.Tensor) -> None:
+        def in_halves(file: tensorfile.TensorFile, key: str, value: torch.Tensor, begin: int = 0) -> int:
             events.happen()
-            add(file, key, tensor)
+            half = value.numel() // 2
+            written = write_piece(file, key, value[:half], begin)
             file._file.flush()
-            whole = file._file.tell()
-            os.truncate(file.path, whole - tensor.numel() * 2)
             events.happen()
-            file._file.seek(whole - tensor.numel() * 2)
-            file._file.write(tensor.numpy().tobytes()[tensor.numel() * 2 :])
+            return written + write_piece(file, key, value[half:], begin + half)
 
-        setattr(tensorfile.TensorFile, "add", in_halves)  # noqa: B010
+        setattr(tensorfile.TensorFile, "write", in_halves)  # noqa: B010
         plain = Path.write_bytes
 
         def twice(path: Path, data: bytes) -> int:
@@ -82,17 +82,40 @@ def tensors(step: int) -> Tensors:
     return {(name, kind): value for name in "abc" for kind in kinds} | {("n", "buffer"): value.int()}
 
 
+def pieces(rank: int, step: int) -> Iterator[StatePiece]:
+    """Half of each tensor on each of two ranks."""
+    half = ELEMENTS // 2
+    for (name, kind), whole in tensors(step).items():
+        yield StatePiece(name, kind, whole[rank * half :][:half], rank * half)
+
+
+def save_of_two_ranks(folder: Path, step: int) -> None:
+    """What two processes do, one after the other, so that a kill hits both at a known moment."""
+    plan = plan_files({key: form_of(tensor) for key, tensor in tensors(step).items()}, 2)
+    partial = begin(folder, step)
+    facts = state(step, world=2, extras=[{}, {}])
+    first, second = (
+        Save(partial, plan, rank, 2, facts if rank == 0 else None, lambda: None, lambda: None)
+        for rank in (0, 1)
+    )
+    assert first.write(pieces(0, step)) is None
+    assert second.write(pieces(1, step)) is None
+    assert first.finish() is None
+    assert second.finish() is None
+    assert first.commit() is None
+
+
 def save_and_die(folder: Path, steps: int, kill_event: int) -> int:
     """Save `steps` times and die before that event of the last one; returns how many it has, if fewer."""
     events = Events(kill_event)
     events.before(os, "fsync")
     events.before(Path, "mkdir")
     events.before(Path, "rename")
-    events.before(tensorfile.TensorFile, "finish")
+    events.before(tensorfile.TensorFile, "write_header")
     events.before(writer, "sha256")
     events.before(shutil, "rmtree")
     events.inside_of_writes()
     for step in range(1, steps + 1):
         events.armed = step == steps
-        write(folder, state(step), tensors(step))
+        save_of_two_ranks(folder, step)
     return events.count

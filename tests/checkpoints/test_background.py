@@ -16,7 +16,7 @@ from tests.checkpoints.test_manager import MINIMAL, found
 from xtrain import registry
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer
-from xtrain.contract import Engine, StateTensor
+from xtrain.contract import Engine, StateForm, StateKey, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.spec.tree import Spec
 
@@ -27,11 +27,11 @@ class OneWeight(NullEngine):
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"w": (4,)}
+    def state_layout(self) -> dict[StateKey, StateForm]:
+        return {("w", "weight"): StateForm((4,))}
 
-    def export_state(self, owner: Callable[[str], int]) -> Iterator[StateTensor]:
-        yield StateTensor("w", "weight", self.weight)
+    def export_state(self, owner: Callable[[str], int]) -> Iterator[StatePiece]:
+        yield StatePiece("w", "weight", self.weight)
 
 
 class Saver:
@@ -40,7 +40,7 @@ class Saver:
     def __init__(self, folder: Path, **section: Any) -> None:
         self.said: list[str] = []
         self.folder = folder
-        self.gate = Event()
+        self.gate, self.arrived = Event(), Event()
         self.weight = torch.zeros(4)
         self.engine: Engine = OneWeight(self.weight)
         spec = Spec.model_validate({**MINIMAL, "checkpoint": {"background": True, **section}})
@@ -50,6 +50,7 @@ class Saver:
         )
 
     def _wait(self) -> None:
+        self.arrived.set()
         assert self.gate.wait(30)
 
     def save(self, step: int, last: bool = False) -> None:
@@ -57,6 +58,7 @@ class Saver:
 
     def break_the_disk(self) -> None:
         """What is being written is gone, as when a disk is pulled; the gate is then opened."""
+        assert self.arrived.wait(30)
         for partial in self.folder.glob(".step-*"):
             shutil.rmtree(partial)
         self.gate.set()

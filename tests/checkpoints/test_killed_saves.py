@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def save_and_count(folder: Path, kill_event: int) -> None:
     (folder / "count").write_text(str(save_and_die(folder / "checkpoints", STEP, kill_event)))
 
 
-def test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obstacle(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     assert killed(tmp_path / "whole", NEVER) == 0
     events = int((tmp_path / "whole" / "count").read_text())
     assert events >= 50
@@ -55,6 +58,7 @@ def test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obsta
     # The one before until the rename, the new one from then on: never anything else.
     assert found == sorted(found)
     assert set(found) == {STEP - 1, STEP}
+    record_property("kills", len(found))
 
 
 def assert_the_next_save_succeeds(folder: Path) -> None:

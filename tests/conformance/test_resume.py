@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ import torch
 from tests.conformance.cases import FP16, SGD_UNCLIPPED, SHARDING, STEPS, Lane, Training
 from tests.conformance.environment import ROOT, job_environment
 from tests.conformance.plain import train
-from tests.conformance.resume_worker import run_leg
-from xtrain.contract import Job
 from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 TOLERANCE = 1e-5
 """Relative, in fp32, against the uninterrupted plain run."""
 
@@ -39,12 +38,20 @@ OFFLOADED = [
 LANES = ALONE + TOGETHER + OFFLOADED
 MIDDLE = 9
 """Updates before the stop: not a multiple of the logging window, past the warm-up."""
-MOVES = (7, 13)
-"""cpu up to the first, ZeRO-3 on two processes up to the second, cpu again."""
+ROUND = (7, 13, STEPS)
+"""Updates at which one process hands over to two, these to one again, and that ends."""
+WAY = ((CPU, 5), (TOGETHER[3], 10), (CPU, 15), (ALONE[2], STEPS))
+"""Where a moving run goes, and up to which update: cpu, ZeRO-3 on two processes, cpu, ZeRO-1."""
 
 ADAMW = Training("adamw")
 SGD = Training("sgd", SGD_UNCLIPPED, clip=None)
 FORGOTTEN = Training("moments-dropped")
+MOVED_FP16 = Training("moved-fp16", precision={**FP16, "initial_scale_power": 8})
+"""A scale that grows every three steps, and is too small to overflow by itself."""
+OVERFLOW = {"gradient_factors": {"2": math.inf, "3": math.inf}}
+"""Planted in the third and fourth update of a leg: the second one halves the scale."""
+MIXED_TOLERANCE = 1e-3
+"""Relative, in fp16 on another number of processes: products of other shapes round otherwise."""
 SCALED = Training("fp16", precision=FP16)
 SCALED_LANES = [CPU, *(Lane("deepspeed", s) for s in SHARDING[2:]), Lane("deepspeed", SHARDING[3], world=2)]
 
@@ -67,7 +74,12 @@ class Runs:
         ]
         alone += self.halves(FORGOTTEN, CPU, drop_moments=True)
         alone += [leg for lane in SCALED_LANES if lane.world == 1 for leg in self.scaled(lane)]
-        alone += [self.leg(ADAMW, CPU, MOVES[0], "moved", "moved-1")]
+        ways = [self.way(ADAMW), self.way(FORGOTTEN, drop_moments=True), self.way(MOVED_FP16, OVERFLOW)]
+        rounds = [self.round(sharding) for sharding in SHARDING]
+        alone += [legs[0] for legs in (*ways, *rounds)]
+        whole = self.leg(MOVED_FP16, CPU, STEPS, "whole-fp16", "whole-fp16")
+        planted = [str(start + place) for start in (0, 5, 10, 15) for place in (2, 3)]
+        alone += [whole | {"gradient_factors": dict.fromkeys(planted, math.inf)}]
         alone += [self.leg(LOST, lane, STEPS, f"lost@{lane}", f"lost@{lane}") | NANS for lane in ALONE]
         alone += [self.leg(FROZEN, CPU, 2, str(lane), f"frozen-1@{lane}") for lane in FROZEN_LANES]
         alone += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 1]
@@ -79,10 +91,9 @@ class Runs:
         ]
         together += [leg for lane in SCALED_LANES if lane.world == 2 for leg in self.scaled(lane)]
         together += [self.other_seed(lane) for lane in FROZEN_LANES if lane.world == 2]
-        together += [self.leg(ADAMW, TOGETHER[3], MOVES[1], "moved", "moved-2")]
-        last = self.leg(ADAMW, CPU, STEPS, "moved", "moved-3")
-        self.results = self.start(alone, 1) | self.start(together, 2)
-        self.results["moved-3"] = run_leg(last, Job())
+        together += [legs[1] for legs in (*ways, *rounds)]
+        again = [leg for legs in (*ways, *rounds) for leg in legs[2:]]
+        self.results = self.start(alone, 1) | self.start(together, 2) | self.start(again, 1, "again")
 
     def leg(self, training: Training, lane: Lane, stop: int, place: str, name: str) -> dict[str, Any]:
         """One stretch of a training, in the folder `place`."""
@@ -100,13 +111,32 @@ class Runs:
         leg = self.leg(FROZEN, lane, 4, str(lane), f"frozen-2@{lane}")
         return leg | {"spec": {**leg["spec"], "train": {"steps": STEPS, "seed": 7}}}
 
+    def way(
+        self, training: Training, extra: Mapping[str, Any] | None = None, drop_moments: bool = False
+    ) -> list[dict[str, Any]]:
+        """One run that moves; its moments may be lost before the first move."""
+        place = f"{training.name}@way"
+        legs = [
+            self.leg(training, lane, stop, place, f"{place}-{number}") | dict(extra or {})
+            for number, (lane, stop) in enumerate(WAY)
+        ]
+        return [legs[0] | {"drop_moments": drop_moments}, *legs[1:]]
+
+    def round(self, sharding: str) -> list[dict[str, Any]]:
+        """From one process to two and back, on one ZeRO stage."""
+        place = f"round-{sharding}"
+        return [
+            self.leg(ADAMW, Lane("deepspeed", sharding, world), stop, place, f"{place}-{number}")
+            for number, (world, stop) in enumerate(zip((1, 2, 1), ROUND, strict=True))
+        ]
+
     def scaled(self, lane: Lane) -> list[dict[str, Any]]:
         whole = self.leg(SCALED, lane, STEPS, f"whole@{lane}", f"whole@{lane}")
         return [whole, *self.halves(SCALED, lane)]
 
-    def start(self, plan: list[dict[str, Any]], world: int) -> Results:
+    def start(self, plan: list[dict[str, Any]], world: int, name: str = "job") -> Results:
         """A fresh job of `world` processes."""
-        out = self.folder / f"job-{world}"
+        out = self.folder / f"{name}-{world}"
         out.mkdir()
         (out / "plan.json").write_text(json.dumps(plan))
         module = ["-m", "tests.conformance.resume_worker", str(out / "plan.json"), str(out)]
@@ -157,9 +187,47 @@ def test_a_run_resumed_in_the_middle_equals_the_uninterrupted_plain_run(
     assert difference(runs.of(training, lane), uninterrupted(training.name)) <= TOLERANCE
 
 
-def test_a_run_moves_from_the_cpu_to_zero_3_on_two_processes_and_back(runs: Runs) -> None:
-    moved = runs.joined("losses", "moved-1", "moved-2", "moved-3")
-    assert difference(moved, uninterrupted("adamw")) <= TOLERANCE
+@pytest.mark.parametrize("sharding", SHARDING)
+def test_a_run_moves_from_one_process_to_two_and_back(
+    sharding: str, runs: Runs, record_property: Callable[[str, object], None]
+) -> None:
+    found = difference(
+        runs.joined("losses", *(f"round-{sharding}-{n}" for n in range(3))), uninterrupted("adamw")
+    )
+    record_property("largest relative difference of a loss", found)
+    assert found <= TOLERANCE
+
+
+def moved(runs: Runs, training: Training, key: str = "losses") -> list[Any]:
+    return runs.joined(key, *(f"{training.name}@way-{number}" for number in range(len(WAY))))
+
+
+def test_a_run_moves_to_zero_3_on_two_processes_back_and_to_zero_1(
+    runs: Runs, record_property: Callable[[str, object], None]
+) -> None:
+    found = difference(moved(runs, ADAMW), uninterrupted("adamw"))
+    record_property("largest relative difference of a loss", found)
+    assert found <= TOLERANCE
+
+
+def test_a_run_that_moves_without_its_moments_is_told_apart(
+    runs: Runs, record_property: Callable[[str, object], None]
+) -> None:
+    found = difference(moved(runs, FORGOTTEN), uninterrupted("adamw"))
+    record_property("largest relative difference of a loss", found)
+    assert found > 100 * TOLERANCE
+
+
+def test_the_loss_scale_moves_with_the_run(
+    runs: Runs, record_property: Callable[[str, object], None]
+) -> None:
+    """Overflows are planted in every leg; in between the scale grows, counted on from the leg before."""
+    for key in ("loss_scales", "skipped"):
+        assert moved(runs, MOVED_FP16, key) == runs.results["whole-fp16"][key]
+    assert len(set(moved(runs, MOVED_FP16, "loss_scales"))) > 4
+    found = difference(moved(runs, MOVED_FP16), runs.results["whole-fp16"]["losses"])
+    record_property("largest relative difference of a loss", found)
+    assert found <= MIXED_TOLERANCE
 
 
 def test_a_resume_without_its_moments_is_told_apart(runs: Runs) -> None:

@@ -8,6 +8,7 @@ or the same under torch.distributed.run. One process runs many cases: starting o
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.whole_state import whole_state
 from xtrain import registry
 from xtrain.contract import Engine, Job, ModelSource
 from xtrain.data import open_data
@@ -38,7 +40,10 @@ class Collector:
 
 
 class WrongGradients:
-    """A model source whose gradients, or losses and gradients, are wrong in a planned way."""
+    """A model source whose gradients, or losses and gradients, are wrong in a planned way.
+
+    In all micro-batches of a step; a NaN in the last one alone, which must be enough.
+    """
 
     def __init__(
         self,
@@ -70,8 +75,10 @@ class WrongGradients:
         plain, passes = model.forward, count()
 
         def forward(tokens: torch.Tensor, targets: torch.Tensor) -> Any:
-            step = next(passes) // self.passes_per_step
+            step, micro_batch = divmod(next(passes), self.passes_per_step)
             factor = self.factors.get(step, self.factors.get(-1, 1.0))
+            if math.isnan(factor) and micro_batch + 1 < self.passes_per_step:
+                factor = 1.0
             loss = plain(tokens, targets) * self.loss_factors.get(step, 1.0)
             return Scaled.apply(loss, factor)  # type: ignore[no-untyped-call]
 
@@ -114,8 +121,8 @@ def run_case(case: dict[str, Any], job: Job, out: Path) -> dict[str, Any]:
 
 
 def _keep_weights(engine: Engine, job: Job, path: Path) -> None:
-    exported = engine.export_state(lambda name: 0)
-    weights = {t.name: t.value.numpy() for t in exported if t.kind == "weight" and t.value is not None}
+    state = whole_state(engine)
+    weights = {name: value.numpy() for (name, kind), value in state.items() if kind == "weight"}
     if job.rank == 0:
         np.savez(path, **weights)  # type: ignore[arg-type]
 

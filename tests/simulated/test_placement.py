@@ -16,8 +16,9 @@ from tests.conformance.plain import train
 from tests.conformance.worker import Collector
 from tests.simulated.backend import simulated_backend
 from tests.simulated.counting import MEMORY, TRAFFIC
+from tests.whole_state import whole_state
 from xtrain import registry
-from xtrain.contract import Backend, Job, StepInput
+from xtrain.contract import Backend, Job, StateKind, StepInput
 from xtrain.data import open_data
 from xtrain.loop import Loop
 from xtrain.models.source import model_source
@@ -85,9 +86,7 @@ def curve(backend: Backend, spec: Spec) -> tuple[list[float], list[float], dict[
     collector = Collector()
     data = open_data(spec, show_progress=False)
     Loop(engine, data, learning_rate(spec), collector, 7, spec.train.eval_every).run(0, spec.train.steps)
-    state = {
-        t.name: t.value.clone().numpy() for t in engine.export_state(lambda name: 0) if t.kind == "weight"
-    }
+    state = {name: value.numpy() for (name, kind), value in whole_state(engine).items() if kind == "weight"}
     engine.close()
     losses = [number for r in collector.records for number in (r.loss, r.eval_loss) if number is not None]
     return losses, [r.grad_norm or 0.0 for r in collector.records], state
@@ -300,10 +299,9 @@ class Stored:
     """The contract's StateReader over what an engine exported."""
 
     def __init__(self, engine: Any) -> None:
-        exported = engine.export_state(lambda name: 0)
-        self.state = {(t.name, t.kind): t.value.clone() for t in exported}
+        self.state = whole_state(engine)
 
-    def read(self, name: str, kind: str) -> torch.Tensor | None:
+    def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
         return self.state.get((name, kind))
 
 

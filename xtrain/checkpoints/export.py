@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from xtrain.checkpoints.format import Checkpoint, Reader
-from xtrain.checkpoints.tensorfile import DTYPES, TensorFile
+from xtrain.checkpoints.tensorfile import FileLayout, TensorFile
+from xtrain.checkpoints.writer import form_of
 from xtrain.errors import RequestError, RunFailed
 from xtrain.spec.tree import Spec
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WEIGHTS_FILE = "model.safetensors"
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-"""Of the format's dtypes; the others have 1."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +77,17 @@ def _write(reader: Reader, file: Path, dtype: Dtype, convert: Convert) -> None:
     wanted = getattr(torch, TORCH_NAMES[dtype])
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in sorted(reader.keys("weight"), key=lambda name: -_item_bytes(reader, name, dtype)):
+        for name in sorted(reader.keys("weight")):
             tensor = reader.read(name, "buffer")  # a weight too: of any dtype
             assert tensor is not None
             yield convert(name, tensor.to(wanted) if tensor.dtype == torch.float32 else tensor)
 
-    # Twice through the files, once for the room that the header needs: nothing is kept.
-    room = {name: tuple(tensor.shape) for name, tensor in tensors()}
-    with TensorFile(file, room) as opened:
+    # Twice through the files, once for what stands where: nothing is kept.
+    layout = FileLayout.of({name: form_of(tensor) for name, tensor in tensors()})
+    with TensorFile(file, layout) as opened:
         for name, tensor in tensors():
-            opened.add(name, tensor)
-        opened.finish()
-
-
-def _item_bytes(reader: Reader, name: str, dtype: Dtype) -> int:
-    found = reader.dtype(name, "weight")
-    return ITEM_BYTES.get(DTYPES[TORCH_NAMES[dtype]] if found == "F32" else found, 1)
+            opened.write(name, tensor)
+        opened.write_header()
 
 
 def _write_library_form(checkpoint: Checkpoint, spec: Spec, folder: Path, dtype: Dtype) -> float:

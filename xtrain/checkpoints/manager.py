@@ -20,9 +20,9 @@ from xtrain.checkpoints.format import (
 )
 from xtrain.checkpoints.saving import HostBuffers, Save, Writing
 from xtrain.checkpoints.select import prune
-from xtrain.checkpoints.shares import share_out
-from xtrain.checkpoints.writer import MOMENTS, begin
-from xtrain.contract import Engine, Resolved, StateKind, StateTensor
+from xtrain.checkpoints.shares import MOMENTS, Plan, plan_files
+from xtrain.checkpoints.writer import begin
+from xtrain.contract import Engine, Resolved, StateKind, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.machine import RECORDED_PACKAGES, package_version
@@ -128,25 +128,30 @@ class Checkpointer:
             self._warn(self.writing)
 
     def _save(self, engine: Engine, done: int) -> None:
-        shards = share_out(engine.state_shapes(), self.resolved.world)
-        owners = {name: shard.rank for shard in shards for name in shard.shapes}
-        tensors = engine.export_state(lambda name: owners[name])
+        plan = self._plan(engine)
+        pieces = engine.export_state(plan.owners.__getitem__)
         answers: list[Any] = engine.gather([*self._open(done), engine.extras()])
         partial, problem, _ = answers[0]
         if problem is not None:
             raise _NotSaved(*problem)
         state = self._state(done, [extras for *_, extras in answers]) if self.rank == 0 else None
-        own = [shard for shard in shards if shard.rank == self.rank]
         best_step = self.best[0] if self.best else None
         prune_after = functools.partial(self._prune, best_step)
         save = Save(
-            Path(partial), own, self.rank, self.resolved.world, state, self.before_commit, prune_after
+            Path(partial), plan, self.rank, self.resolved.world, state, self.before_commit, prune_after
         )
         if self.section.background:
-            self.writing = Writing(save, self.buffers.copy(tensors))
+            self.writing = Writing(save, self.buffers.copy(pieces))
             self.writing.start()
         else:
-            self._write(engine, save, tensors)
+            self._write(engine, save, pieces)
+
+    def _plan(self, engine: Engine) -> Plan:
+        try:
+            return plan_files(engine.state_layout(), self.resolved.world)
+        except ValueError as error:  # the same on every rank, as the layout is
+            self._agree(engine, str(error))
+            raise
 
     def _open(self, done: int) -> tuple[str | None, Words | None]:
         """On rank 0: the folder to write into, or what went wrong."""
@@ -170,9 +175,11 @@ class Checkpointer:
             versions={name: package_version(name) for name in RECORDED_PACKAGES},
         )
 
-    def _write(self, engine: Engine, save: Save, tensors: Iterator[StateTensor]) -> None:
+    def _write(self, engine: Engine, save: Save, pieces: Iterator[StatePiece]) -> None:
         """While training waits."""
-        problem = _first(engine.gather(save.write(tensors)))
+        problem = _first(engine.gather(save.write(pieces)))
+        if problem is None:
+            problem = _first(engine.gather(save.finish()))
         if self.rank == 0:
             problem = save.abandon(problem) if problem is not None else save.commit()
         self._agree(engine, problem)
@@ -182,8 +189,11 @@ class Checkpointer:
         writing, self.writing = self.writing, None
         if writing is None:
             return
-        writing.share_ended.wait()
-        problem = _first(engine.gather(writing.problem))
+        problem = None
+        for stage in (writing.written, writing.finished):  # every rank gets through one before the next
+            if problem is None:
+                stage.wait()
+                problem = _first(engine.gather(writing.problem))
         writing.end(math.inf if problem is None else 0.0)
         try:
             self._agree(engine, problem or writing.problem)
@@ -245,11 +255,11 @@ def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:
     """Raise ValueError before a tensor of another model is read: it may be of any size."""
     reader = checkpoint.reader("np")
     kinds: tuple[StateKind, ...] = ("weight", *MOMENTS)
-    for name, expected in engine.state_shapes().items():
-        for kind in kinds:
+    for (name, own), form in engine.state_layout().items():
+        for kind in kinds if own == "weight" else (own,):
             found = reader.shape(name, kind)
-            if found not in (None, expected):
-                raise ValueError(f"{kind} of {name}: found {found}, expected {expected}")
+            if found not in (None, form.shape):
+                raise ValueError(f"{kind} of {name}: found {found}, expected {form.shape}")
 
 
 def _first(problems: Iterable[Any]) -> str | None:

@@ -1,13 +1,24 @@
-"""Who writes what: parameters shared out over ranks by bytes, each rank's share cut into files."""
+"""Who writes what, and into which files: computed alike on every rank, without a word between them.
+
+Parameters are shared out over ranks by bytes, and each rank's share is cut into files. All ranks write what
+they hold of a file's tensors into it; the rank whose share it is finishes it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
 
-from xtrain.checkpoints.tensorfile import Shape
+from xtrain.checkpoints.format import key_of
+from xtrain.checkpoints.tensorfile import FileLayout, Shape
+from xtrain.contract import StateForm, StateKey, StateKind
 
+Family: TypeAlias = Literal["model", "optimizer"]
+MOMENTS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq", "momentum")
 SHARD_BYTES = 1 << 30
 """Of fp32 weights in one file; a parameter is never cut, so a larger one has a file of its own."""
 
@@ -20,6 +31,53 @@ class Shard:
     label: str
     """`00001-of-00004`, as Hugging Face numbers them."""
     shapes: Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One tensor file of a checkpoint."""
+
+    name: str
+    family: Family
+    rank: int
+    """Who finishes it."""
+    layout: FileLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor file of one checkpoint."""
+
+    files: Sequence[PlannedFile]
+    owners: Mapping[str, int]
+    """Who writes what several ranks hold alike, by name."""
+
+    @cached_property
+    def file_of(self) -> Mapping[str, PlannedFile]:
+        """By key."""
+        return {key: file for file in self.files for key in file.layout.places}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal on two ranks that would write the same files."""
+        headers = (file.name.encode() + file.layout.header for file in self.files)
+        return hashlib.sha256(b"".join(headers)).hexdigest()
+
+
+def plan_files(layout: Mapping[StateKey, StateForm], world: int, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """The same for the same arguments, whatever their order. ValueError names what no checkpoint can hold."""
+    shards = share_out({name: form.shape for (name, _), form in layout.items()}, world, shard_bytes)
+    shard_of = {name: shard for shard in shards for name in shard.shapes}
+    forms: dict[tuple[str, Family], dict[str, StateForm]] = {}
+    for name, kind in sorted(layout):
+        family: Family = "optimizer" if kind in MOMENTS else "model"
+        forms.setdefault((shard_of[name].label, family), {})[key_of(name, kind)] = layout[name, kind]
+    rank_of = {shard.label: shard.rank for shard in shards}
+    files = [
+        PlannedFile(f"{family}-{label}.safetensors", family, rank_of[label], FileLayout.of(tensors))
+        for (label, family), tensors in sorted(forms.items())
+    ]
+    return Plan(files, {name: shard.rank for name, shard in shard_of.items()})
 
 
 def share_out(shapes: Mapping[str, Shape], world: int, shard_bytes: int = SHARD_BYTES) -> list[Shard]:

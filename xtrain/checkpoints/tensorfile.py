@@ -1,21 +1,25 @@
-"""One safetensors file, written tensor by tensor: never more than one of them is copied.
+"""One safetensors file, written piece by piece, by several processes if need be; one is copied at a time.
 
     8 bytes    length of the header, little-endian
     header     JSON: dtype, shape and place of each tensor; padded with spaces
     data       the tensors, without holes
 
-The header comes first and is known last. So it gets the room that it can need at most, and is filled in
-when all is written. (Format: https://github.com/huggingface/safetensors)
+Where everything stands is known before anything is written. So whoever has a piece puts it in its place, in
+any order, and the header comes last. (Format: https://github.com/huggingface/safetensors)
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
+
+from xtrain.contract import StateForm
 
 if TYPE_CHECKING:
     import torch
@@ -35,45 +39,71 @@ DTYPES = {
     "bool": "BOOL",
 }
 """torch's names and the format's, of all that a checkpoint may hold."""
-_LARGEST = 1 << 63
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+"""The others have 1."""
 _METADATA = {"format": "pt"}
 """Hugging Face refuses a file that does not say whose tensors it holds."""
 
 
+@dataclass(frozen=True)
+class FileLayout:
+    """What stands where in one file: tensors in the order of falling item sizes, so that each is aligned."""
+
+    places: Mapping[str, range]
+    """Bytes of the data, by key."""
+    item_bytes: Mapping[str, int]
+    header: bytes
+
+    @classmethod
+    def of(cls, forms: Mapping[str, StateForm]) -> FileLayout:
+        """ValueError names a tensor whose dtype is not in DTYPES."""
+        items = {key: item_bytes(key, form.dtype) for key, form in forms.items()}
+        places: dict[str, range] = {}
+        entries: dict[str, object] = {"__metadata__": _METADATA}
+        end = 0
+        for key in sorted(forms, key=lambda key: -items[key]):
+            begin, end = end, end + items[key] * math.prod(forms[key].shape)
+            places[key] = range(begin, end)
+            dtype, shape = DTYPES[forms[key].dtype], list(forms[key].shape)
+            entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        return cls(places, items, text.ljust(math.ceil(len(text) / 8) * 8))
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(map(len, self.places.values()))
+
+
+def item_bytes(key: str, dtype: str) -> int:
+    """Of torch's dtype; ValueError where a checkpoint cannot hold it."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{key} has dtype torch.{dtype}, which a checkpoint cannot hold")
+    return _ITEM_BYTES.get(DTYPES[dtype], 1)
+
+
 class TensorFile:
-    """Takes tensors in the order of falling item sizes, so that each is aligned.
+    """A file open for writing what belongs into it; other processes may have it open too. Raises OSError."""
 
-    Raises OSError when the disk does, ValueError for a dtype that is not in DTYPES.
-    """
+    def __init__(self, path: Path, layout: FileLayout) -> None:
+        self._layout = layout
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
 
-    def __init__(self, path: Path, room: Mapping[str, Shape]) -> None:
-        """`room`: every key that may come, with its shape."""
-        self.path = path
-        self._entries: dict[str, object] = {}
-        most = {key: _entry("BOOL", shape, _LARGEST, _LARGEST) for key, shape in room.items()}
-        self._header_bytes = len(_header(most))
-        self._data_bytes = 0
-        self._file = path.open("wb")
-        self._file.seek(8 + self._header_bytes)
-
-    def add(self, key: str, tensor: torch.Tensor) -> None:
+    def write(self, key: str, value: torch.Tensor, begin: int = 0) -> int:
+        """Elements of a tensor, from its element `begin` on; returns their bytes."""
         import torch
 
-        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None:
-            raise ValueError(f"{key} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        begin, self._data_bytes = self._data_bytes, self._data_bytes + flat.numel()
-        self._entries[key] = _entry(dtype, tuple(tensor.shape), begin, self._data_bytes)
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        place = self._layout.places[key]
+        first = place.start + begin * self._layout.item_bytes[key]
+        if first + flat.numel() > place.stop:
+            raise ValueError(f"{key}: {flat.numel()} bytes from byte {first - place.start} on do not fit")
+        self._file.seek(8 + len(self._layout.header) + first)
         self._file.write(flat.numpy().data)
+        return flat.numel()
 
-    def finish(self) -> None:
-        """Fill in the header; the content is not on the disk before it is synced."""
-        header = _header(self._entries)
+    def write_header(self) -> None:
         self._file.seek(0)
-        self._file.write(self._header_bytes.to_bytes(8, "little"))
-        self._file.write(header.ljust(self._header_bytes))
-        self._file.close()
+        self._file.write(len(self._layout.header).to_bytes(8, "little") + self._layout.header)
 
     def __enter__(self) -> TensorFile:
         return self
@@ -82,12 +112,3 @@ class TensorFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def _entry(dtype: str, shape: Shape, begin: int, end: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _header(entries: Mapping[str, object]) -> bytes:
-    text = json.dumps({"__metadata__": _METADATA, **entries}, separators=(",", ":")).encode()
-    return text.ljust(math.ceil(len(text) / 8) * 8)  # data begins at a multiple of 8

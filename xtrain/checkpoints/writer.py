@@ -1,8 +1,9 @@
 """One checkpoint on its way to the disk: whole, or not at all.
 
-Rank 0 makes a folder with a temporary name (`begin`); every rank writes its share of the tensors into it
-(`write_share`); when all have, rank 0 adds the rest, the manifest last, and renames the folder (`commit`).
-Until then nothing that was there before is touched. All of them raise OSError.
+Rank 0 makes a folder with a temporary name (`begin`); every rank writes its pieces of the tensors into the
+files there (`write_pieces`); when all have, each file is finished by the rank whose it is (`finish_files`);
+then rank 0 adds the rest, the manifest last, and renames the folder (`commit`). Until then nothing that was
+there before is touched. All of them raise OSError.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from xtrain.checkpoints.format import (
     FORMAT_VERSION,
@@ -29,45 +30,20 @@ from xtrain.checkpoints.format import (
     manifest_bytes,
     sha256,
 )
-from xtrain.checkpoints.shares import Shard, share_out
-from xtrain.checkpoints.tensorfile import Shape, TensorFile
-from xtrain.contract import JSON, StateKind, StateTensor
+from xtrain.checkpoints.shares import Family, Plan, plan_files
+from xtrain.checkpoints.tensorfile import TensorFile
+from xtrain.contract import JSON, StateForm, StateKey, StatePiece
 
 if TYPE_CHECKING:
     import torch
 
-Tensors: TypeAlias = "Mapping[tuple[str, StateKind], torch.Tensor]"
-"""By name and kind."""
-Family: TypeAlias = Literal["model", "optimizer"]
+Tensors: TypeAlias = "Mapping[StateKey, torch.Tensor]"
+Written: TypeAlias = Mapping[str, int]
+"""Bytes by file name."""
+FileFacts: TypeAlias = Mapping[str, Mapping[str, int | str]]
+"""Size and hash by file name, for the manifest."""
 
-MOMENTS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq", "momentum")
 _INDEXES: dict[Family, str] = {"model": MODEL_INDEX, "optimizer": OPTIMIZER_INDEX}
-
-
-@dataclass
-class Share:
-    """What one rank wrote; becomes part of the indexes and of the manifest."""
-
-    places: dict[Family, dict[str, str]] = field(default_factory=lambda: {"model": {}, "optimizer": {}})
-    """File name by key."""
-    tensor_bytes: dict[Family, int] = field(default_factory=lambda: {"model": 0, "optimizer": 0})
-    files: dict[str, dict[str, int | str]] = field(default_factory=dict)
-    """Size and hash by file name."""
-
-    def add(self, tensor: StateTensor, file: TensorFile) -> None:
-        assert tensor.value is not None
-        key, family = key_of(tensor.name, tensor.kind), family_of(tensor.kind)
-        file.add(key, tensor.value)
-        self.places[family][key] = file.path.name
-        self.tensor_bytes[family] += tensor.value.numel() * tensor.value.element_size()
-
-    def finish(self, file: TensorFile) -> None:
-        file.finish()
-        self.files[file.path.name] = synced(file.path)
-
-
-def family_of(kind: StateKind) -> Family:
-    return "optimizer" if kind in MOMENTS else "model"
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -80,58 +56,49 @@ def begin(folder: Path, step: int) -> Path:
     return partial
 
 
-def write_share(partial: Path, shards: Sequence[Shard], tensors: Iterable[StateTensor]) -> Share:
-    """Write one rank's tensors as they come, into the files of its shards.
-
-    Tensors that are not fp32 (buffers) are held until the end and get a file of their own: beside others they
-    would be misaligned. ValueError names one that no checkpoint can hold.
-    """
-    share, held = Share(), []
-    shard_of = {name: shard for shard in shards for name in shard.shapes}
+def write_pieces(partial: Path, plan: Plan, pieces: Iterable[StatePiece]) -> Written:
+    """Write one rank's pieces as they come, each to its place, and bring them to the disk."""
+    written: Counter[str] = Counter()
     with ExitStack() as stack:
         files: dict[str, TensorFile] = {}
-        for tensor in tensors:
-            if tensor.value is None:
-                continue
-            if str(tensor.value.dtype) != "torch.float32":
-                held.append(tensor)
-                continue
-            shard, family = shard_of[tensor.name], family_of(tensor.kind)
-            name = f"{family}-{shard.label}.safetensors"
-            if name not in files:
-                files[name] = stack.enter_context(TensorFile(partial / name, _room(shard, family)))
-            share.add(tensor, files[name])
-        for file in files.values():
-            share.finish(file)
-    if held:
-        _write_held(partial / f"buffers-{shards[0].label}.safetensors", held, share)
-    return share
+        for piece in pieces:
+            key = key_of(piece.name, piece.kind)
+            file = plan.file_of[key]
+            if file.name not in files:
+                files[file.name] = stack.enter_context(TensorFile(partial / file.name, file.layout))
+            written[file.name] += files[file.name].write(key, piece.value, piece.begin)
+    for name in written:
+        sync(partial / name)
+    return written
 
 
-def _write_held(path: Path, held: list[StateTensor], share: Share) -> None:
-    held.sort(key=lambda tensor: -tensor.value.element_size() if tensor.value is not None else 0)
-    room = {tensor.name: tuple(tensor.value.shape) for tensor in held if tensor.value is not None}
-    with TensorFile(path, room) as file:
-        for tensor in held:
-            share.add(tensor, file)
-        share.finish(file)
+def finish_files(partial: Path, plan: Plan, rank: int, written: Sequence[Written]) -> FileFacts:
+    """Give the files of `rank` their headers, now that every rank has written its pieces.
+
+    ValueError names one that is not whole.
+    """
+    facts = {}
+    for file in plan.files:
+        if file.rank != rank:
+            continue
+        found, expected = sum(by_rank.get(file.name, 0) for by_rank in written), file.layout.data_bytes
+        if found != expected:
+            raise ValueError(f"{file.name}: {found} bytes of tensors came, expected {expected}")
+        with TensorFile(partial / file.name, file.layout) as opened:
+            opened.write_header()
+        facts[file.name] = synced(partial / file.name)
+    return facts
 
 
-def _room(shard: Shard, family: Family) -> Mapping[str, Shape]:
-    """Every key that one of its files may get."""
-    if family == "model":
-        return shard.shapes
-    return {key_of(name, kind): shape for name, shape in shard.shapes.items() for kind in MOMENTS}
-
-
-def commit(partial: Path, state: State, shares: Sequence[Share]) -> Checkpoint:
+def commit(partial: Path, state: State, plan: Plan, finished: Sequence[FileFacts]) -> Checkpoint:
     """Make a checkpoint of what the ranks wrote. A complete one of the same step is replaced."""
     final = partial.with_name(folder_name(state.step))
     replaced = partial.with_name(f".{final.name}.replaced")
-    files = {name: facts for share in shares for name, facts in share.files.items()}
+    files: dict[str, JSON] = {name: facts for by_rank in finished for name, facts in by_rank.items()}
     for family, name in _INDEXES.items():
-        places = {key: place for share in shares for key, place in share.places[family].items()}
-        total = sum(share.tensor_bytes[family] for share in shares)
+        own = [file for file in plan.files if file.family == family]
+        places = {key: file.name for file in own for key in file.layout.places}
+        total = sum(file.layout.data_bytes for file in own)
         index: JSON = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         files[name] = _write(partial / name, json.dumps(index, indent=2).encode())
     files[STATE] = _write(partial / STATE, state.model_dump_json(indent=2).encode())
@@ -158,13 +125,26 @@ def discard(partial: Path) -> None:
 
 def write(folder: Path, state: State, tensors: Tensors) -> Checkpoint:
     """Write one checkpoint below `folder` from tensors that this process has."""
+    layout = {key: form_of(tensor) for key, tensor in tensors.items()}
+    pieces = (StatePiece(name, kind, tensor) for (name, kind), tensor in tensors.items())
+    return write_streamed(folder, state, layout, pieces)
+
+
+def write_streamed(
+    folder: Path, state: State, layout: Mapping[StateKey, StateForm], pieces: Iterable[StatePiece]
+) -> Checkpoint:
+    """The same, from pieces as they come."""
     partial = begin(folder, state.step)
-    shapes = {name: tuple(tensor.shape) for (name, kind), tensor in tensors.items()}
-    each = (StateTensor(name, kind, tensor) for (name, kind), tensor in tensors.items())
     try:
-        return commit(partial, state, [write_share(partial, share_out(shapes, 1), each)])
+        plan = plan_files(layout, 1)
+        written = write_pieces(partial, plan, pieces)
+        return commit(partial, state, plan, [finish_files(partial, plan, 0, [written])])
     finally:
         discard(partial)
+
+
+def form_of(tensor: torch.Tensor) -> StateForm:
+    return StateForm(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def synced(file: Path) -> dict[str, int | str]:
