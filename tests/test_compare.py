@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,24 @@ import pytest
 
 from tests.sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
 from xtrain.compare import compare
-from xtrain.comparison import Comparison, compare_runs, largest_difference
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane, LaneEnd, parse_lanes, run_lane, xtrain_run
 from xtrain.metrics import StepRecord
 from xtrain.record import DataFacts, StepPeaks
-from xtrain.report import render_markdown, render_terminal
+from xtrain.report.agreement import largest_difference
+from xtrain.report.build import compare_lanes
+from xtrain.report.comparison import Comparison
+from xtrain.report.runs import ended_lane
+from xtrain.report.text import render_markdown, render_terminal
 
 FINISHED = LaneEnd("finished", None, 1.0)
+Ends = Sequence[tuple[str, LaneEnd, Path]]
+
+
+def compare_runs(title: str, ends: Ends) -> Comparison:
+    return compare_lanes(title, [ended_lane(name, [(end, directory)]) for name, end, directory in ends])
+
+
 STUB = Path(__file__).with_name("stub_lane.py")
 
 
@@ -130,8 +141,8 @@ def spec_with(**sections: object) -> dict[str, object]:
             "precision differs: losses agree only roughly (cpu fp32, other bf16 over fp32 weights)",
         ),
         (
-            {"spec": spec_with(model={"dropout": 0.1})},
-            "dropout is on: the losses of unlike engines agree only statistically",
+            {"threads": None},
+            "threads per process differ, and with them the speed (cpu 1, other unknown)",
         ),
         ({"steps": sample_steps(18)}, "other: 2 steps lack a finite loss here or in the reference"),
     ],
@@ -140,6 +151,12 @@ def test_what_makes_a_comparison_unfair_is_said(
     tmp_path: Path, changes: dict[str, Any], warning: str
 ) -> None:
     assert compared(tmp_path, cpu={}, other=changes).warnings == [warning]
+
+
+def test_dropout_is_said_of_all_lanes(tmp_path: Path) -> None:
+    dropped = {"spec": spec_with(model={"dropout": 0.1})}
+    warning = "dropout is on: the losses of unlike engines agree only statistically"
+    assert compared(tmp_path, cpu=dropped, other=dropped).warnings == [warning]
 
 
 def test_the_reference_is_the_first_lane_that_finished(tmp_path: Path) -> None:
@@ -167,28 +184,7 @@ def test_a_lane_without_a_readable_record_has_failed(tmp_path: Path) -> None:
 
 # --- reports --------------------------------------------------------------------------------
 
-TERMINAL = """\
-Losses
-lane         steps    loss first    loss last    held-out loss    largest loss difference    \
-largest grad norm difference
------------  -------  ------------  -----------  ---------------  -------------------------  \
-------------------------------
-cpu          20       4.6475        2.2463       2.5000           reference                  reference
-deepspeed:2  20       4.6475        2.2463       2.5000           1.0e-02 at step 7          0.0e+00 at step 1
-
-Speed
-lane         tokens/s (10% to 90%)    steps counted    processes    threads    precision    matmul
------------  -----------------------  ---------------  -----------  ---------  -----------  --------
-cpu          2,000 (2,000 to 2,000)   16               1            1          fp32         highest
-deepspeed:2  not measured             not measured     2            1          fp32         highest
-
-Memory
-lane         live tensors, peak (counter)    live tensors, peak (sampled)    \
-resident set of the process, peak (counter)
------------  ------------------------------  ------------------------------  \
----------------------------------------------
-cpu          not measured                    100.0 MiB                       2.00 GiB
-deepspeed:2  300.0 MiB                       not measured                    2.00 GiB"""
+TERMINAL = Path(__file__).parent / "report" / "terminal.txt"
 
 
 def two_lanes(root: Path) -> Comparison:
@@ -204,16 +200,18 @@ def two_lanes(root: Path) -> Comparison:
 
 
 def test_the_whole_terminal_report_with_unlike_counters_apart(tmp_path: Path) -> None:
-    assert render_terminal(two_lanes(tmp_path)) == TERMINAL
+    assert render_terminal(two_lanes(tmp_path)) == TERMINAL.read_text().rstrip()
 
 
-def test_the_markdown_report_has_method_machine_and_tables(tmp_path: Path) -> None:
+def test_the_markdown_report_has_verdicts_method_tables_and_environment(tmp_path: Path) -> None:
     text = render_markdown(two_lanes(tmp_path))
-    assert text.startswith("# Comparison: tiny.yaml\n\nThe same spec on every lane, each in fresh processes")
+    assert text.startswith(
+        "# tiny.yaml\n\n**The losses do not agree: deepspeed:2 left cpu.**\n\n- deepspeed:2: "
+    )
     assert "relative to cpu." in text
-    assert "Machine: Python 3.11.0, torch 2.13.0." in text
     for title in ("## Losses\n\n| lane ", "## Speed\n\n| lane ", "## Memory\n\n| lane "):
         assert title in text
+    assert re.search(r"^\| torch +\| 2\.13\.0 +\| 2\.13\.0 +\|$", text, flags=re.MULTILINE)
 
 
 def test_where_a_step_s_memory_went_is_a_table_of_its_own(tmp_path: Path) -> None:
@@ -224,8 +222,8 @@ def test_where_a_step_s_memory_went_is_a_table_of_its_own(tmp_path: Path) -> Non
     assert table[0] == "Memory of one step at its fullest"
     assert table[1].split() == ["lane", "on", "total", "parameters", "activations"]
     assert [line.split() for line in table[3:]] == [
-        ["cuda", "cpu", "1.0", "MiB", "1.0", "MiB", "0.0", "MiB"],
         ["cuda", "cuda:0", "3.0", "MiB", "2.0", "MiB", "1.0", "MiB"],
+        ["cuda", "cpu", "1.0", "MiB", "1.0", "MiB", "0.0", "MiB"],
     ]
 
 
@@ -271,29 +269,29 @@ def test_compare_trains_every_lane_and_leaves_a_report(
 ) -> None:
     out = tmp_path / "out"
     behaviours = {"cpu": "trains", "deepspeed:2": "trains-a-little-worse", "cuda": "refuses"}
-    comparison = compare(spec, list(behaviours), out, command=stub(behaviours))
+    comparison = compare(spec, parse_lanes(list(behaviours)), out, command=stub(behaviours))
 
     assert [lane.outcome for lane in comparison.lanes] == ["finished", "finished", "refused"]
     assert comparison.lanes[2].reason == "error: backend 'cuda' cannot run here no GPU"
     assert comparison.exit_code == 0
     assert Comparison.model_validate_json((out / "report.json").read_text()) == comparison
     assert (out / "report.md").read_text() == render_markdown(comparison)
-    assert (out / "lanes" / "deepspeed-2" / "record.json").exists()
-    assert "starting" in (out / "lanes" / "cuda.log").read_text()
+    assert (out / "lanes" / "deepspeed-2" / "run-1" / "record.json").exists()
+    assert "starting" in (out / "lanes" / "cuda" / "run-1.log").read_text()
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "lane 2 of 3, deepspeed:2: running; its output goes to" in captured.err
+    assert "run 2 of 3: deepspeed:2, repeat 1 of 1; its output goes to" in captured.err
 
 
 @pytest.mark.slow
 def test_a_failed_lane_is_a_row_and_the_others_go_on(spec: Path, tmp_path: Path) -> None:
     behaviours = {"cpu": "fails", "cuda": "crashes", "null": "leaves-nothing", "mps": "trains"}
-    comparison = compare(spec, list(behaviours), tmp_path / "out", command=stub(behaviours))
+    comparison = compare(spec, parse_lanes(list(behaviours)), tmp_path / "out", command=stub(behaviours))
     assert [lane.outcome for lane in comparison.lanes] == ["failed", "failed", "failed", "finished"]
     reasons = [str(lane.reason) for lane in comparison.lanes]
     assert reasons[0] == "the disk is full"
     assert reasons[1] == "ended by SIGKILL: going well"
-    assert reasons[2].endswith("null: no such file; expected the record of a run")
+    assert reasons[2].endswith("run-1: no such file; expected the record of a run")
     assert comparison.reference == "mps"
     assert comparison.exit_code == 1
 
@@ -302,9 +300,9 @@ def test_an_existing_folder_and_a_missing_spec_are_refused_before_anything_start
     spec: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match="exists already; choose another --out"):
-        compare(spec, ["cpu"], tmp_path, command=stub({}))
+        compare(spec, [Lane("cpu")], tmp_path, command=stub({}))
     with pytest.raises(RequestError, match=r"missing\.yaml: no such file; expected a spec"):
-        compare(tmp_path / "missing.yaml", ["cpu"], tmp_path / "out", command=stub({}))
+        compare(tmp_path / "missing.yaml", [Lane("cpu")], tmp_path / "out", command=stub({}))
     assert not (tmp_path / "out").exists()
 
 
@@ -314,13 +312,14 @@ def test_a_comparison_that_is_ended_leaves_no_lane_behind(
     spec: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     program = (
-        "import sys; from pathlib import Path; from xtrain.compare import compare\n"
+        "import sys; from pathlib import Path; from xtrain.compare import compare; "
+        "from xtrain.lanes import Lane\n"
         "def stub(lane, spec, out, overrides): return [sys.executable, sys.argv[1], 'waits', str(out)]\n"
-        "compare(Path(sys.argv[2]), ['cpu'], Path(sys.argv[3]), command=stub)"
+        "compare(Path(sys.argv[2]), [Lane('cpu')], Path(sys.argv[3]), command=stub)"
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, str(STUB), str(spec), str(out)]
-    pid_file = out / "lanes" / "cpu" / "pid"
+    pid_file = out / "lanes" / "cpu" / "run-1" / "pid"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.05)

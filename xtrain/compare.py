@@ -1,54 +1,111 @@
-"""`xtrain compare`: one spec on several backends, side by side."""
+"""`xtrain compare`: one spec on several lanes, in fresh processes that take turns, side by side."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from xtrain.comparison import Comparison, compare_runs
 from xtrain.errors import RequestError
-from xtrain.lanes import LaneCommand, parse_lanes, run_lane, xtrain_run
-from xtrain.report import render_markdown
-from xtrain.rundir import write_json, write_text
+from xtrain.lanes import Lane, LaneCommand, LaneEnd, run_lane, xtrain_run
+from xtrain.report.build import compare_lanes
+from xtrain.report.comparison import Comparison
+from xtrain.report.ladder import LadderLane
+from xtrain.report.runs import LANES, ended_lane
+from xtrain.report.write import write_report
 
 
 def compare(
     spec_path: Path,
-    backends: Sequence[str],
+    lanes: Sequence[Lane],
     out: Path,
     overrides: Sequence[str] = (),
+    repeats: int = 1,
+    ladder: Sequence[LadderLane] = (),
     command: LaneCommand = xtrain_run,
 ) -> Comparison:
-    """Train `spec_path` on every lane of `backends`, one after another, and report in `out`.
+    """Train `spec_path` `repeats` times on every one of `lanes`, and report in `out`.
 
-    Writes report.md and report.json; runs go to lanes/<lane>, their output beside them. A lane that
-    cannot run or fails is a row with its reason; `Comparison.exit_code` says what came of all. Raises
-    RequestError, with nothing started, for an unknown lane, a missing spec, or an `out` that exists.
+    Runs go to lanes/<lane>/run-<n>, their output beside them. A lane that cannot run or fails is a row with
+    its reason and is not repeated; `Comparison.exit_code` says what came of all. Raises RequestError, with
+    nothing started, for a missing spec and an `out` that exists.
     """
-    lanes = parse_lanes(backends)
     if not spec_path.is_file():
         raise RequestError(f"{spec_path}: no such file; expected a spec")
     _make(out)
-    ends = []
-    for number, lane in enumerate(lanes, start=1):
-        directory, log = out / "lanes" / lane.folder, out / "lanes" / f"{lane.folder}.log"
-        _say(f"lane {number} of {len(lanes)}, {lane.name}: running; its output goes to {log}")
+    turns = Turns(lanes, repeats)
+    places = _folders(out / LANES, lanes)
+    for lane, repeat in turns:
+        places[lane].mkdir(exist_ok=True)
+        directory = places[lane] / f"run-{repeat}"
+        log = directory.with_suffix(".log")
+        _say(f"{turns.progress(lane, repeat)}; its output goes to {log}")
         end = run_lane(command(lane, spec_path, directory, overrides), log)
-        _say(
-            f"lane {lane.name}: {end.outcome} in {end.seconds:.1f} s{f': {end.reason}' if end.reason else ''}"
-        )
-        ends.append((lane.name, end, directory))
-    comparison = compare_runs(spec_path.name, ends)
-    write_json(out / "report.json", comparison.model_dump(mode="json"))
-    write_text(out / "report.md", render_markdown(comparison))
+        _say(f"{lane.name}: {end.outcome} in {end.seconds:.1f} s{f': {end.reason}' if end.reason else ''}")
+        turns.took(lane, end, directory)
+    found = [ended_lane(lane.name, turns.ends[lane]) for lane in lanes]
+    comparison = compare_lanes(spec_path.name, found, ladder)
+    write_report(out, comparison)
     return comparison
+
+
+@dataclass
+class Turns:
+    """Who runs next. Lanes take turns, and every other round goes backwards: a machine that slowly gets
+    warmer or busier then favours nobody."""
+
+    lanes: Sequence[Lane]
+    repeats: int
+    ends: dict[Lane, list[tuple[LaneEnd, Path]]] = field(default_factory=dict)
+    done: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Lane, int]]:
+        """(lane, repeat, 1-based); a lane that did not finish has no further turns."""
+        for repeat in range(1, self.repeats + 1):
+            for lane in self.lanes if repeat % 2 else reversed(self.lanes):
+                if self._goes_on(lane):
+                    yield lane, repeat
+
+    def took(self, lane: Lane, end: LaneEnd, directory: Path) -> None:
+        self.done += 1
+        self.ends.setdefault(lane, []).append((end, directory))
+
+    def progress(self, lane: Lane, repeat: int) -> str:
+        """Which of how many, and from the second round on how long all of it may still take."""
+        left = [
+            one for one in self.lanes if self._goes_on(one) for _ in range(self.repeats - self._turns(one))
+        ]
+        known = [self._seconds(one) for one in left]
+        seconds = [one for one in known if one is not None]
+        estimate = f", about {sum(seconds):.0f} s left" if len(seconds) == len(known) else ""
+        place = f"run {self.done + 1} of {self.done + len(left)}{estimate}"
+        return f"{place}: {lane.name}, repeat {repeat} of {self.repeats}"
+
+    def _goes_on(self, lane: Lane) -> bool:
+        return all(end.outcome == "finished" for end, _ in self.ends.get(lane, []))
+
+    def _turns(self, lane: Lane) -> int:
+        return len(self.ends.get(lane, []))
+
+    def _seconds(self, lane: Lane) -> float | None:
+        ends = self.ends.get(lane, [])
+        return sum(end.seconds for end, _ in ends) / len(ends) if ends else None
+
+
+def _folders(parent: Path, lanes: Sequence[Lane]) -> dict[Lane, Path]:
+    """A folder for each lane; those of equal name have a number."""
+    found: dict[Lane, Path] = {}
+    for lane in lanes:
+        same = [path for path in found.values() if path.name.partition("~")[0] == lane.folder]
+        found[lane] = parent / (f"{lane.folder}~{len(same) + 1}" if same else lane.folder)
+    return found
 
 
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True)
-        (out / "lanes").mkdir()
+        (out / LANES).mkdir()
     except FileExistsError:
         raise RequestError(f"{out} exists already; choose another --out") from None
     except OSError as error:

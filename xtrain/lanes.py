@@ -34,10 +34,13 @@ _LANE = re.compile(r"(?P<backend>[\w.-]+)(:(?P<processes>[1-9][0-9]{0,5}))?")
 
 @dataclass(frozen=True)
 class Lane:
-    """A backend, and with how many processes where that was said."""
+    """A backend, with how many processes where that was said, and what is changed in the spec."""
 
     backend: str
     processes: int | None = None
+    overrides: tuple[str, ...] = ()
+    label: str = ""
+    """What the overrides are called, for people."""
 
     @classmethod
     def parse(cls, text: str) -> Lane:
@@ -55,13 +58,18 @@ class Lane:
         return cls(backend, int(processes) if processes else None)
 
     @property
-    def name(self) -> str:
+    def engine(self) -> str:
+        """Backend and processes, as they were asked for."""
         return self.backend if self.processes is None else f"{self.backend}:{self.processes}"
 
     @property
+    def name(self) -> str:
+        return f"{self.engine} {self.label}".strip()
+
+    @property
     def folder(self) -> str:
-        """The name without a colon, which not every file system takes."""
-        return self.name.replace(":", "-")
+        """The name without what a file system or a shell might not take."""
+        return re.sub(r"[^\w.=+]+", "-", self.name).strip("-")
 
 
 LaneCommand: TypeAlias = Callable[[Lane, Path, Path, Sequence[str]], list[str]]
@@ -91,7 +99,7 @@ def parse_lanes(backends: Sequence[str]) -> list[Lane]:
 def xtrain_run(lane: Lane, spec_path: Path, directory: Path, overrides: Sequence[str]) -> list[str]:
     """The command of a lane: `xtrain run` under this same Python."""
     processes = [] if lane.processes is None else ["--nproc", str(lane.processes)]
-    changes = [word for override in overrides for word in ("--set", override)]
+    changes = [word for override in (*overrides, *lane.overrides) for word in ("--set", override)]
     command = [sys.executable, "-m", "xtrain", "run", str(spec_path), "--backend", lane.backend]
     return [*command, "--out", str(directory), *processes, *changes]
 

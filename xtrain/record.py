@@ -58,6 +58,9 @@ class ModelFacts(Part):
     description: str
     parameters: Natural
     """Tied ones once, over all ranks."""
+    layers: Natural | None = None
+    """None where the model does not tell."""
+    hidden: Natural | None = None
 
 
 class Totals(Part):
@@ -173,6 +176,16 @@ class RankMemory(Part):
         )
 
 
+class MatmulFacts(Part):
+    """What a large matrix product reaches on the devices of this run (xtrain/matmul.py)."""
+
+    dtype: str
+    flops_per_second: Annotated[float, Field(gt=0, lt=1e30)]
+    """Of all processes together."""
+    datasheet: Annotated[float, Field(gt=0, lt=1e30)] | None = None
+    """What the vendor promises, where it is known."""
+
+
 class RunRecord(Part):
     """The whole of record.json. Bytes are integers, seconds floats, what was not measured is null."""
 
@@ -199,6 +212,8 @@ class RunRecord(Part):
     eval: Evaluation | None
     speed: Speed | None
     time_split: TimeSplit | None
+    matmul: MatmulFacts | None = None
+    """Measured at the end of runs that are long enough for it not to matter."""
     memory: list[RankMemory]
     """By rank."""
     predicted: JsonObject | None = None

@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from pydantic import ConfigDict
+
 from xtrain.metrics import StepRecord
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
 """How a step's time is split; `data` is getting the batch, `other` what is in no span."""
+FINITE = ConfigDict(strict=True, allow_inf_nan=False)
+"""Records are read back, and not trusted."""
 
 
 @dataclass(frozen=True)
 class Speed:
     """Targets per second of the whole job, over the steps that count."""
+
+    __pydantic_config__ = FINITE
 
     tokens_per_second: float
     """Median."""
@@ -29,6 +35,8 @@ class Speed:
 @dataclass(frozen=True)
 class TimeSplit:
     """Where the time of the traced steps went, by PHASES."""
+
+    __pydantic_config__ = FINITE
 
     seconds: dict[str, float]
     """Mean of a step."""

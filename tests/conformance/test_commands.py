@@ -190,7 +190,7 @@ def test_compare_puts_real_lanes_side_by_side(folder: Path) -> None:
         "--backends",
         "cpu,deepspeed,deepspeed:2,mps",
     ]
-    process = start(folder, [*map(str, command), "--out", "comparison"])
+    process = start(folder, [*map(str, command), "--repeats", "1", "--out", "comparison"])
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors[-3000:]
     report = json.loads((folder / "comparison" / "report.json").read_text())

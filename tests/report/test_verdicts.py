@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from tests.report.sample_lanes import (
+    SPEC,
+    STEP,
+    compared,
+    figures,
+    lane,
+    memory,
+    run,
+    slowed,
+    steps,
+    unfinished,
+    verdict,
+)
+from tests.sample_runs import MIB, sample_memory
+from xtrain.record import DataFacts, MatmulFacts, ModelFacts
+from xtrain.report.runs import LaneRuns, Run
+
+
+def repeats(factor: float = 1.0, **changes: Any) -> list[Run]:
+    """Three runs whose speeds differ by a percent or so."""
+    return [run(slowed(steps(), factor * unrest), **changes) for unrest in (1.0, 1.01, 0.995)]
+
+
+def spec_with(section: str, **values: Any) -> dict[str, Any]:
+    spec = deepcopy(SPEC)
+    spec[section] = {**spec[section], **values}
+    return spec
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+def test_two_runs_of_the_same_lane_are_equal() -> None:
+    found = verdict(compared(lane("a"), lane("b")), "losses")
+    assert (found.tone, found.headline) == ("good", "The losses agree")
+    assert found.details == ["b: equal to a at every step"]
+
+
+def test_a_learning_rate_one_percent_off_is_called_out_with_its_step() -> None:
+    planted = run(steps(lr=1.01e-3), spec=spec_with("optimizer", lr=1.01e-3))
+    comparison = compared(lane("a"), lane("b", planted))
+    found = verdict(comparison, "losses")
+    assert (found.tone, found.headline) == ("bad", "The losses do not agree: b left a")
+    assert found.details[0] == (
+        "b: its learning rate is another one from step 2: 0.000202 instead of 0.0002 (+1.00%)"
+    )
+    assert found.details[1].startswith("b: its loss leaves a's at step 3: ")
+    assert comparison.warnings == [
+        "b was given another training than a: optimizer.lr 0.00101 instead of 0.001"
+    ]
+    assert verdict(comparison, "choice").headline == "First find out why b learned something else than a"
+
+
+def test_other_data_and_dropout_leave_the_question_open() -> None:
+    other = run(data=DataFacts(description="x", hash="def", portable=True))
+    found = verdict(compared(lane("a"), lane("b", other)), "losses")
+    assert found.tone == "plain"
+    assert found.details == ["b: cannot be held against a: the data may differ"]
+    dropped = lane("c", run(spec=spec_with("model", dropout=0.1)))
+    assert verdict(compared(lane("a"), dropped), "losses").details == [
+        "c: cannot be held against a: dropout is on"
+    ]
+
+
+def test_lanes_without_a_step_in_common_are_not_said_to_agree() -> None:
+    found = verdict(compared(lane("a"), lane("b", run([]))), "losses")
+    assert found.details == ["b: cannot be held against a: no step in common"]
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+
+def test_a_lane_slowed_by_a_tenth_is_called_slower() -> None:
+    found = verdict(compared(lane("a", *repeats()), lane("b", *repeats(1.1))), "speed")
+    assert found.headline == "a is the fastest: 10,000 tokens/s"
+    assert found.details[0].startswith("b is 9.1% slower than a (noise ")
+
+
+def test_the_same_lane_twice_is_within_noise() -> None:
+    found = verdict(compared(lane("a", *repeats()), lane("b", *reversed(repeats(1.001)))), "speed")
+    assert found.tone == "plain"
+    assert found.headline.startswith("No lane is faster beyond noise (a: 10,000 tokens/s)")
+    assert "within noise" in found.details[0]
+
+
+def test_single_runs_are_told_to_be_repeated() -> None:
+    found = verdict(compared(lane("a"), lane("b", run(slowed(steps(), 1.03)))), "speed")
+    assert found.headline.startswith("No lane is faster")
+    assert found.details[-1].endswith("differences below 5% are not believed; use --repeats 3")
+
+
+def test_lanes_that_were_not_timed_are_left_out() -> None:
+    comparison = compared(lane("a"), lane("b", run(speed=None)))
+    assert [one.topic for one in comparison.verdicts if one.topic == "speed"] == []
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_the_leaner_lane_is_named_by_every_instrument_that_both_have() -> None:
+    lean = {**STEP, "activations": 20}
+    found = verdict(compared(lane("a"), lane("b", run(memory=[memory(lean)]))), "memory")
+    assert found.headline == "b needs the least memory"
+    assert found.details[0].endswith("b 200.0 MiB, a 300.0 MiB (+50%)")
+    assert found.details[1] == "Live tensors, peak: a 300.0 MiB, b 300.0 MiB (+0%)"
+
+
+def test_a_counted_peak_never_meets_a_sampled_one() -> None:
+    counted = lane("a", run(memory=[sample_memory(live_peak=300 * MIB)]))
+    sampled = lane("b", run(memory=[sample_memory(live_peak=100 * MIB, method="sampled")]))
+    found = verdict(compared(counted, sampled), "memory")
+    assert [detail.partition(":")[0] for detail in found.details] == ["Resident set of the process, peak"]
+    assert found.headline == "All lanes need the same memory"
+
+
+def test_lanes_that_share_no_instrument_are_not_compared() -> None:
+    counted = sample_memory().model_copy(update={"rss": None})
+    sampled = sample_memory(method="sampled").model_copy(update={"rss": None})
+    found = verdict(compared(lane("a", run(memory=[counted])), lane("b", run(memory=[sampled]))), "memory")
+    assert (found.headline, found.details) == ("No two lanes counted memory alike", [])
+
+
+# --- bottlenecks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spans", "words"),
+    [
+        ({"data": 0.05, "forward": 0.05}, "a waits for data (50% of a step)"),
+        (
+            {"reduce": 0.04, "forward": 0.02, "backward": 0.04},
+            "a waits for the other processes (40% of a step)",
+        ),
+        ({"optimizer": 0.05, "backward": 0.05}, "a is held up by the optimizer (50% of a step)"),
+        ({"forward": 0.05}, "a spends its time between the phases (50% of a step)"),
+        ({"forward": 0.04, "backward": 0.06}, "a computes: forward and backward are 100% of a step"),
+    ],
+)
+def test_the_bottleneck_is_the_phase_that_is_furthest_over_its_share(
+    spans: dict[str, float], words: str
+) -> None:
+    taken = [step if step.step != 6 else type(step)(**{**vars(step), "spans": spans}) for step in steps()]
+    found = verdict(compared(lane("a", run(taken))), "bottleneck")
+    assert found.details[0].startswith(words)
+
+
+def test_a_computing_lane_is_held_against_the_matrix_product() -> None:
+    matmul = MatmulFacts(dtype="fp32", flops_per_second=2.4e11)
+    model = ModelFacts(description="x", parameters=1_000_000, layers=4, hidden=128)
+    comparison = compared(lane("a", run(matmul=matmul, model=model)))
+    found = figures(comparison, "a").field_speed
+    assert found is not None
+    assert found.flops_per_token == 6e6 + 12 * 4 * 128 * 125
+    assert found.samples_per_second == pytest.approx(80)
+    assert found.utilisation == pytest.approx(10_000 * found.flops_per_token / 2.4e11)
+    assert "at 28% of what a matrix product reaches here" in verdict(comparison, "bottleneck").details[0]
+
+
+def test_a_run_without_traced_steps_has_no_bottleneck() -> None:
+    comparison = compared(lane("a", run(time_split=None)))
+    assert comparison.verdicts == []
+
+
+# --- which to choose ----------------------------------------------------------------------------
+
+
+def fast_and_lean() -> tuple[LaneRuns, LaneRuns]:
+    lean = [memory({**STEP, "activations": 20})]
+    return lane("fast", *repeats()), lane("lean", *repeats(1.25, memory=lean))
+
+
+def test_speed_and_memory_are_weighed_against_each_other() -> None:
+    found = verdict(compared(*fast_and_lean()), "choice")
+    assert found.headline == "fast for speed, lean for memory"
+    assert found.details == [
+        "Choose fast where it fits",
+        "Choose lean where memory is short: lean costs 20% of the speed",
+    ]
+
+
+def test_the_lane_that_is_better_in_both_is_chosen() -> None:
+    fast, _ = fast_and_lean()
+    found = verdict(compared(fast, lane("slow", *repeats(1.25))), "choice")
+    assert found.headline == "Choose fast: nothing here is faster or needs less memory"
+
+
+def test_equal_lanes_are_not_chosen_between() -> None:
+    found = verdict(compared(lane("a", *repeats()), lane("b", *repeats())), "choice")
+    assert found.headline.startswith("Nothing measured here speaks for one lane")
+
+
+def test_a_lane_that_ran_out_of_memory_is_a_reason_for_the_other() -> None:
+    found = verdict(compared(lane("a"), unfinished("b", "cuda:0 is out of memory")), "choice")
+    assert found.headline == "a is the only one that finished"
+    assert found.details == ["Not b: it failed: cuda:0 is out of memory"]

@@ -1,0 +1,1 @@
+"""From finished runs to what people read: figures, verdicts, tables, charts and one page."""

@@ -1,0 +1,36 @@
+"""From lanes to the comparison that people are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xtrain.report.comparison import Comparison, LaneReport, Rung
+from xtrain.report.figures import figures_of
+from xtrain.report.ladder import LadderLane, ladder_rungs
+from xtrain.report.runs import LaneRuns
+from xtrain.report.unlike import warnings
+from xtrain.report.verdicts import verdicts
+
+
+def compare_lanes(title: str, lanes: Sequence[LaneRuns], ladder: Sequence[LadderLane] = ()) -> Comparison:
+    """In the given order; the first that finished is the reference. `ladder`: which lane is which rung."""
+    reference = next((lane for lane in lanes if lane.runs), None)
+    reports = [
+        LaneReport(
+            name=lane.name,
+            outcome=lane.outcome,
+            reason=lane.reason,
+            figures=figures_of(lane.runs, reference.runs) if lane.runs and reference else None,
+        )
+        for lane in lanes
+    ]
+    finished = [(lane.name, lane.figures) for lane in reports if lane.figures]
+    rungs: list[Rung] = ladder_rungs(finished, ladder)
+    return Comparison(
+        title=title,
+        reference=reference.name if reference else None,
+        lanes=reports,
+        warnings=warnings(finished),
+        verdicts=verdicts(finished, [lane for lane in reports if not lane.figures]),
+        ladder=rungs,
+    )

@@ -1,0 +1,205 @@
+"""From the runs of a lane to its figures: pure functions over records and steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from xtrain.contract import MEMORY_CATEGORIES
+from xtrain.flops import flops_per_token
+from xtrain.metrics import StepRecord
+from xtrain.record import RankMemory, RunRecord
+from xtrain.report.agreement import Agreement, Difference, agreement, largest_difference
+from xtrain.report.comparison import Curve, FieldSpeed, Figures
+from xtrain.report.runs import Run
+from xtrain.report.unlike import has_dropout
+from xtrain.speed import PHASES, Speed, TimeSplit
+from xtrain.summary import COUNTERS, fullest_step, largest
+
+CURVE_POINTS = 400
+"""A page shows no more, and a report of thirty lanes stays small."""
+MOST_PLACES = 16
+LARGEST_RATE = 1e30
+"""Speeds beyond it are no speeds, and their products no numbers."""
+
+
+def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
+    """Of one lane, held against the first run of the reference lane. Both have at least one run."""
+    first, expected = runs[0], reference[0]
+    record, is_reference = first.record, runs is reference
+    memory = [rank for run in runs for rank in run.record.memory]
+    speeds = [speed for run in runs if (speed := sound_speed(run.record.speed))]
+    middle = sorted(speeds, key=lambda speed: speed.tokens_per_second)[(len(speeds) - 1) // 2 :][:1]
+    figures = Figures(
+        backend=record.backend,
+        world=record.world,
+        repeats=len(runs),
+        status=record.status,
+        precision=_precision(record),
+        threads=record.threads,
+        matmul_precision=record.matmul_precision,
+        data_hash=record.data.hash,
+        parameters=record.model.parameters,
+        steps=record.totals.steps,
+        skipped=record.totals.skipped,
+        environment=record.environment,
+        spec=record.spec,
+        loss=record.loss,
+        eval=record.eval,
+        loss_difference=None if is_reference else largest_difference(first.steps, expected.steps, "loss"),
+        grad_norm_difference=None
+        if is_reference
+        else largest_difference(first.steps, expected.steps, "grad_norm"),
+        agreement=None,
+        repeat_difference=_repeat_difference(runs),
+        unmatched_steps=len(_with_loss(first) ^ _with_loss(expected)),
+        speed=middle[0] if middle else None,
+        repeat_rates=[speed.tokens_per_second for speed in speeds],
+        field_speed=_field_speed(first, middle[0].tokens_per_second) if middle else None,
+        matmul=record.matmul,
+        time_split=_mean_split([run.record.time_split for run in runs if run.record.time_split]),
+        live=largest(memory, "live"),
+        reserved=largest(memory, "reserved"),
+        rss=largest(memory, "rss"),
+        step_peaks=_step_peaks(memory),
+        predicted=predicted_categories(record),
+        loss_curve=_curve(first.steps, lambda step: step.loss),
+        memory_curves=_memory_curves(first.steps),
+    )
+    if is_reference:
+        return figures
+    return figures.model_copy(update={"agreement": _agreement(figures, first, expected)})
+
+
+def sound_speed(speed: Speed | None) -> Speed | None:
+    """A speed from a record, if it is one."""
+    if speed is None:
+        return None
+    rates = (speed.tokens_per_second, speed.p10, speed.p90)
+    return speed if all(0 < rate < LARGEST_RATE for rate in rates) else None
+
+
+def predicted_categories(record: RunRecord) -> dict[str, int] | None:
+    """What the planner said of the fullest place, by category; None where it said nothing that we know."""
+    places = (record.predicted or {}).get("peak_bytes")
+    if not isinstance(places, dict):
+        return None
+    found = [held for held in map(_categories, (places, *places.values())) if held]
+    return max(found, key=lambda held: sum(held.values()), default=None)
+
+
+def _categories(held: Any) -> dict[str, int]:
+    if not isinstance(held, dict):
+        return {}
+    counts = {name: held.get(name) for name in MEMORY_CATEGORIES}
+    return {name: n for name, n in counts.items() if isinstance(n, int) and 0 <= n < 1 << 63}
+
+
+def _agreement(figures: Figures, run: Run, reference: Run) -> Agreement | None:
+    """None where curves cannot be held against each other: other data, dropout, no step in common."""
+    data = {run.record.data.hash, reference.record.data.hash}
+    if figures.loss_difference is None or len(data) > 1 or None in data or has_dropout(figures):
+        return None
+    return agreement(run.steps, reference.steps, _coarser(run.record, reference.record))
+
+
+def _coarser(record: RunRecord, other: RunRecord) -> str:
+    """Of two records' dtypes."""
+    order = ("fp32", "fp16", "bf16")
+    dtypes = [_dtype(one) for one in (record, other)]
+    return max(dtypes, key=lambda dtype: order.index(dtype) if dtype in order else len(order))
+
+
+def _dtype(record: RunRecord) -> str:
+    section = record.spec.get("precision")
+    return str(section.get("dtype")) if isinstance(section, dict) else "unknown"
+
+
+def _precision(record: RunRecord) -> str | None:
+    section = record.spec.get("precision")
+    if not isinstance(section, dict):
+        return None
+    dtype, weights = section.get("dtype"), section.get("weights")
+    return f"{dtype}" if dtype == weights else f"{dtype} over {weights} weights"
+
+
+def _with_loss(run: Run) -> set[int]:
+    return {step.step for step in run.steps if step.loss is not None}
+
+
+def _repeat_difference(runs: Sequence[Run]) -> Difference | None:
+    """The largest difference of a repeat's losses from those of the first."""
+    found = [largest_difference(run.steps, runs[0].steps, "loss") for run in runs[1:]]
+    return max((one for one in found if one), key=lambda one: one.relative, default=None)
+
+
+def _field_speed(run: Run, tokens_per_second: float) -> FieldSpeed | None:
+    record = run.record
+    per_step = [step.tokens for step in run.steps if step.tokens]
+    sequences = _number(record.spec, "batch", "global")
+    seq_len = _number(record.spec, "data", "seq_len")
+    layers, hidden = record.model.layers or 0, record.model.hidden or 0
+    flops = flops_per_token(record.model.parameters, layers, hidden, seq_len or 0) or None
+    rate = flops * tokens_per_second if flops else None
+    matmul = record.matmul
+    return FieldSpeed(
+        samples_per_second=sequences * tokens_per_second / fmean(per_step)
+        if sequences and per_step
+        else None,
+        flops_per_token=flops,
+        attention_counted=bool(layers and hidden and seq_len),
+        flops_per_second=rate,
+        utilisation=rate / matmul.flops_per_second if rate and matmul else None,
+        datasheet_utilisation=rate / matmul.datasheet if rate and matmul and matmul.datasheet else None,
+    )
+
+
+def _number(spec: dict[str, Any], section: str, key: str) -> int | None:
+    found = spec.get(section)
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, int) and 0 < value < 1 << 31 else None
+
+
+def _mean_split(splits: Sequence[TimeSplit]) -> TimeSplit | None:
+    """Over the repeats; phases that we know, seconds that can be."""
+    sound = [split for split in splits if _is_sound(split)]
+    if not sound:
+        return None
+    phases = [phase for phase in PHASES if any(phase in split.seconds for split in sound)]
+    seconds = {phase: fmean(split.seconds.get(phase, 0.0) for split in sound) for phase in phases}
+    total = sum(seconds.values())
+    if not total:
+        return None
+    return TimeSplit(
+        seconds=seconds,
+        shares={phase: value / total for phase, value in seconds.items()},
+        traced_steps=sum(split.traced_steps for split in sound),
+    )
+
+
+def _is_sound(split: TimeSplit) -> bool:
+    return all(math.isfinite(value) and 0 <= value < LARGEST_RATE for value in split.seconds.values())
+
+
+def _step_peaks(memory: Sequence[RankMemory]) -> dict[str, dict[str, int]]:
+    """The fullest places first, and only categories that are ones."""
+    peaks = {place: _categories(held) for place, held in fullest_step(memory).items()}
+    fullest = sorted(peaks, key=lambda place: -sum(peaks[place].values()))[:MOST_PLACES]
+    return {place: peaks[place] for place in fullest}
+
+
+def _memory_curves(steps: Sequence[StepRecord]) -> dict[str, Curve]:
+    keys = {"live": "live_bytes", "reserved": "reserved_bytes", "rss": "rss_bytes"}
+    curves = {key: _curve(steps, lambda step, key=key: getattr(step, keys[key])) for key in COUNTERS}  # type: ignore[misc]
+    return {key: curve for key, curve in curves.items() if curve.steps}
+
+
+def _curve(steps: Sequence[StepRecord], value: Callable[[StepRecord], float | None]) -> Curve:
+    """At most CURVE_POINTS points at equal distances, the first and the last among them."""
+    points = [(step.step, float(found)) for step in steps if (found := value(step)) is not None]
+    if len(points) > CURVE_POINTS:
+        last = len(points) - 1
+        points = [points[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
+    return Curve(steps=[step for step, _ in points], values=[found for _, found in points])

@@ -1,0 +1,51 @@
+"""The ladder of techniques, claimed and measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xtrain.report.comparison import Figures, Rung
+from xtrain.report.memory import step_bytes
+from xtrain.rungs import RUNGS
+
+
+@dataclass(frozen=True)
+class LadderLane:
+    """Which lane is which rung of whose ladder."""
+
+    lane: str
+    ladder: str
+    """The backend, with its processes."""
+    rung: int
+    """Index into RUNGS."""
+
+
+def ladder_rungs(finished: Sequence[tuple[str, Figures]], lanes: Sequence[LadderLane]) -> list[Rung]:
+    """A row for each lane, also for those that did not finish; shares are of the same ladder's first rung."""
+    figures = dict(finished)
+    plain = {lane.ladder: figures.get(lane.lane) for lane in lanes if lane.rung == 0}
+    return [_rung(lane, figures.get(lane.lane), plain.get(lane.ladder)) for lane in lanes]
+
+
+def _rung(lane: LadderLane, figures: Figures | None, plain: Figures | None) -> Rung:
+    claimed = RUNGS[lane.rung]
+    bytes_, plain_bytes = _bytes(figures), _bytes(plain)
+    rate, plain_rate = _rate(figures), _rate(plain)
+    return Rung(
+        lane=lane.ladder,
+        name=claimed.name,
+        claimed_memory=claimed.memory,
+        claimed_speed=claimed.speed,
+        memory_bytes=bytes_,
+        memory_share=bytes_ / plain_bytes if bytes_ and plain_bytes else None,
+        speed_share=rate / plain_rate if rate and plain_rate else None,
+    )
+
+
+def _bytes(figures: Figures | None) -> int | None:
+    return (step_bytes(figures) or None) if figures else None
+
+
+def _rate(figures: Figures | None) -> float | None:
+    return figures.speed.tokens_per_second if figures and figures.speed else None

@@ -1,0 +1,65 @@
+"""Which of two speeds is higher, and is the difference more than noise?
+
+Steps of one process are alike in ways that another process would not repeat, so what counts as one
+measurement is one run, by its median. Between two lanes the noise is half the width of the 95% confidence
+interval of the difference of their mean logarithms (Student's t with the pooled variance).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+STUDENT_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95% quantiles for 1 to 10 degrees of freedom; the last stands for more, on the safe side."""
+SINGLE_RUN_NOISE = 0.05
+"""Of one run per lane nobody knows what the next would give; differences below this are not believed."""
+SMALLEST_NOISE = 0.01
+"""Smaller differences are not worth a word, however alike the repeats are."""
+
+
+@dataclass(frozen=True)
+class SpeedDifference:
+    """Of one lane against another."""
+
+    ratio: float
+    """Speed / the other's speed; means of logarithms."""
+    noise: float
+    """Relative; a difference below it says nothing."""
+
+    @property
+    def is_noise(self) -> bool:
+        return abs(math.log(self.ratio)) <= math.log1p(self.noise)
+
+
+def compare_speeds(rates: Sequence[float], others: Sequence[float], unrest: float = 0.0) -> SpeedDifference:
+    """From each run's speed, positive; at least one of each.
+
+    `unrest` is the relative standard error that the steps inside the runs suggest. It alone is known where
+    both lanes ran once.
+    """
+    logs, other_logs = [math.log(r) for r in rates], [math.log(r) for r in others]
+    ratio = math.exp(fmean(logs) - fmean(other_logs))
+    degrees = len(logs) + len(other_logs) - 2
+    if degrees == 0:
+        return SpeedDifference(ratio, max(SINGLE_RUN_NOISE, math.expm1(2 * unrest)))
+    pooled = (_squares(logs) + _squares(other_logs)) / degrees
+    error = math.sqrt(pooled * (1 / len(logs) + 1 / len(other_logs)))
+    quantile = STUDENT_95[min(degrees, len(STUDENT_95)) - 1]
+    return SpeedDifference(ratio, max(SMALLEST_NOISE, math.expm1(min(quantile * error, 50.0))))
+
+
+def median_error(p10: float, median: float, p90: float, samples: int) -> float:
+    """Relative standard error of a median of `samples` values, from their 10th and 90th percentile.
+
+    As if they were normal and independent: sigma is (p90 - p10) / 2.563, and the median's error
+    1.253 sigma / sqrt(samples).
+    """
+    return 1.253 * (p90 - p10) / 2.563 / math.sqrt(samples) / median if samples and median else 0.0
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squared deviations."""
+    return variance(values) * (len(values) - 1) if len(values) > 1 else 0.0

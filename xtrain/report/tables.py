@@ -1,0 +1,241 @@
+"""A comparison as tables of text: the same ones on the terminal, in Markdown and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xtrain.contract import MEMORY_CATEGORIES
+from xtrain.report.agreement import Difference
+from xtrain.report.comparison import Comparison, Figures
+from xtrain.report.memory import fullest_place
+from xtrain.report.unlike import chosen_differences, shown
+from xtrain.speed import PHASES
+from xtrain.summary import COUNTERS, NOT_MEASURED, format_bytes, format_loss, format_rate
+
+Lanes = Sequence[tuple[str, Figures]]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Those that have something to say."""
+    lanes = comparison.finished
+    found = [
+        _ladder(comparison),
+        _losses(lanes, comparison.reference),
+        _speed(lanes),
+        _field_speed(lanes),
+        _time(lanes),
+        _memory(lanes),
+        _step_memory(lanes),
+        _predicted(lanes),
+        _unfinished(comparison),
+    ]
+    return [table for table in found if table.rows]
+
+
+def environment_table(comparison: Comparison) -> Table:
+    """A row for each fact, a column for each lane: what was chosen to differ first."""
+    lanes = comparison.finished
+    if not lanes:
+        return Table("Environment", [], [])
+    rows = [[key, *values] for key, values in chosen_differences(lanes).items()]
+    facts: dict[str, Callable[[Figures], Any]] = {
+        "backend": lambda f: f.backend,
+        "processes": lambda f: f.world,
+        "threads per process": lambda f: f.threads,
+        "precision": lambda f: f.precision,
+        "fp32 matrix products": lambda f: f.matmul_precision,
+        "parameters": lambda f: f"{f.parameters:,}",
+        "data": lambda f: f.data_hash and f.data_hash[:12],
+        "platform": lambda f: f.environment.get("platform"),
+        "processor": lambda f: f.environment.get("cpu"),
+        "cores": lambda f: f.environment.get("physical_cores"),
+        "memory": lambda f: _bytes_or_none(f.environment.get("memory_bytes")),
+        "Python": lambda f: f.environment.get("python"),
+        "commit": lambda f: f.environment.get("git_commit"),
+    }
+    rows += [[name, *(_fact(fact(figures)) for _, figures in lanes)] for name, fact in facts.items()]
+    rows += [[name, *values] for name, values in _versions(lanes).items()]
+    known = [row for row in rows if any(cell != "unknown" for cell in row[1:])]
+    return Table("Environment", ["", *(name for name, _ in lanes)], known)
+
+
+def _fact(value: Any) -> str:
+    return "unknown" if value is None or value == "" else shown(value)
+
+
+def _bytes_or_none(value: Any) -> str | None:
+    return format_bytes(value) if isinstance(value, int) and 0 < value < 1 << 63 else None
+
+
+def _versions(lanes: Lanes) -> dict[str, list[str]]:
+    packages = [figures.environment.get("packages") for _, figures in lanes]
+    tables = [found if isinstance(found, dict) else {} for found in packages]
+    names = sorted({name for table in tables for name in table})[:20]
+    return {shown(name): [shown(table.get(name) or "none") for table in tables] for name in names}
+
+
+def _ladder(comparison: Comparison) -> Table:
+    headers = ["lane", "rung", "memory, claimed", "memory, measured", "speed, claimed", "speed, measured"]
+    rows = [
+        [
+            rung.lane,
+            rung.name,
+            rung.claimed_memory,
+            f"{format_bytes(rung.memory_bytes)}{_percent(rung.memory_share, ' ({})')}",
+            rung.claimed_speed,
+            _percent(rung.speed_share, "{}") or NOT_MEASURED,
+        ]
+        for rung in comparison.ladder
+    ]
+    return Table("The ladder, claimed for GPT-2 Large and measured here", headers, rows)
+
+
+def _losses(lanes: Lanes, reference: str | None) -> Table:
+    def difference(name: str, found: Difference | None) -> str:
+        if name == reference:
+            return "reference"
+        return NOT_MEASURED if found is None else f"{found.relative:.1e} at step {found.step:,}"
+
+    headers = ["lane", "steps", "loss first", "loss last", "held-out loss"]
+    headers += ["largest loss difference", "largest grad norm difference"]
+    rows = [
+        [
+            name,
+            f"{figures.steps:,}",
+            format_loss(figures.loss.first),
+            format_loss(figures.loss.last),
+            f"{figures.eval.last:.4f}" if figures.eval else NOT_MEASURED,
+            difference(name, figures.loss_difference),
+            difference(name, figures.grad_norm_difference),
+        ]
+        for name, figures in lanes
+    ]
+    return Table("Losses", headers, rows)
+
+
+def _speed(lanes: Lanes) -> Table:
+    headers = ["lane", "tokens/s (10% to 90%)", "each repeat", "steps counted"]
+    headers += ["processes", "threads", "precision", "matmul"]
+    rows = [
+        [
+            name,
+            format_rate(figures.speed),
+            ", ".join(f"{rate:,.0f}" for rate in figures.repeat_rates) or NOT_MEASURED,
+            NOT_MEASURED if figures.speed is None else f"{figures.speed.samples:,}",
+            f"{figures.world}",
+            "unknown" if figures.threads is None else f"{figures.threads}",
+            figures.precision or "unknown",
+            figures.matmul_precision or "unknown",
+        ]
+        for name, figures in lanes
+    ]
+    return Table("Speed", headers, rows)
+
+
+def _field_speed(lanes: Lanes) -> Table:
+    headers = [
+        "lane",
+        "samples/s",
+        "model FLOP per token",
+        "model TFLOP/s",
+        "matmul TFLOP/s",
+        "MFU",
+        "of data sheet",
+    ]
+    rows = []
+    for name, figures in lanes:
+        found, matmul = figures.field_speed, figures.matmul
+        if found is None:
+            continue
+        attention = "" if found.attention_counted else " (attention not counted)"
+        peak = f"{matmul.flops_per_second / 1e12:,.3g} ({matmul.dtype})" if matmul else NOT_MEASURED
+        rows.append(
+            [
+                name,
+                NOT_MEASURED if found.samples_per_second is None else f"{found.samples_per_second:,.1f}",
+                NOT_MEASURED if found.flops_per_token is None else f"{found.flops_per_token:.3g}{attention}",
+                NOT_MEASURED if found.flops_per_second is None else f"{found.flops_per_second / 1e12:,.3g}",
+                peak,
+                _percent(found.utilisation, "{}") or NOT_MEASURED,
+                _percent(found.datasheet_utilisation, "{}") or "unknown",
+            ]
+        )
+    return Table("Speed in the field's terms", headers, rows)
+
+
+def _time(lanes: Lanes) -> Table:
+    splits = [(name, figures.time_split) for name, figures in lanes if figures.time_split]
+    used = [phase for phase in PHASES if any(phase in split.seconds for _, split in splits)]
+    rows = [
+        [name, f"{1000 * sum(split.seconds.values()):,.1f} ms", *(_share(split.shares.get(p)) for p in used)]
+        for name, split in splits
+    ]
+    return Table("Time of a traced step", ["lane", "step", *used], rows)
+
+
+def _memory(lanes: Lanes) -> Table:
+    """One column for each way of counting that a lane has: unlike figures never share one."""
+    cells = {name: _memory_cells(figures) for name, figures in lanes}
+    columns = [
+        (key, method) for key in COUNTERS for method in ("peak (counter)", "peak (sampled)", "at the end")
+    ]
+    used = [column for column in columns if any(column in found for found in cells.values())]
+    headers = ["lane", *(f"{COUNTERS[key]}, {method}" for key, method in used)]
+    rows = [[name, *(found.get(column, NOT_MEASURED) for column in used)] for name, found in cells.items()]
+    return Table("Memory", headers, rows)
+
+
+def _memory_cells(figures: Figures) -> dict[tuple[str, str], str]:
+    """(counter, how it was got) -> bytes as text; without a peak, what it held at the end."""
+    found = {}
+    for key in COUNTERS:
+        counter = getattr(figures, key)
+        if counter is not None and counter.peak_bytes is not None and counter.method != "unavailable":
+            found[key, f"peak ({counter.method})"] = format_bytes(counter.peak_bytes)
+        elif counter is not None:
+            found[key, "at the end"] = format_bytes(counter.bytes)
+    return found
+
+
+def _step_memory(lanes: Lanes) -> Table:
+    """One row for each lane and place; where nothing was counted there is none."""
+    held = [(name, place, one) for name, figures in lanes for place, one in figures.step_peaks.items()]
+    used = [name for name in MEMORY_CATEGORIES if any(one.get(name) for _, _, one in held)]
+    rows = [
+        [name, place, format_bytes(sum(one.values())), *(format_bytes(one.get(key, 0)) for key in used)]
+        for name, place, one in held
+    ]
+    return Table("Memory of one step at its fullest", ["lane", "on", "total", *used], rows)
+
+
+def _predicted(lanes: Lanes) -> Table:
+    rows = []
+    for name, figures in lanes:
+        if figures.predicted is None or not figures.step_peaks:
+            continue
+        said, measured = sum(figures.predicted.values()), sum(fullest_place(figures).values())
+        error = f"{said / measured - 1:+.1%}" if measured else NOT_MEASURED
+        rows.append([name, format_bytes(said), format_bytes(measured), error])
+    return Table("Memory of a step, predicted and measured", ["lane", "predicted", "measured", "error"], rows)
+
+
+def _unfinished(comparison: Comparison) -> Table:
+    rows = [[lane.name, lane.outcome, lane.reason or ""] for lane in comparison.unfinished]
+    return Table("Lanes without figures", ["lane", "outcome", "reason"], rows)
+
+
+def _percent(share: float | None, form: str) -> str:
+    return "" if share is None else form.format(f"{share:.0%}")
+
+
+def _share(share: float | None) -> str:
+    return NOT_MEASURED if share is None else f"{share:.0%}"

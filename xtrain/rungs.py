@@ -1,0 +1,54 @@
+"""The ladder of memory techniques as it is taught, and as a spec can climb it: each rung on those before it.
+
+The claims are those made for GPT-2 Large. 774 million parameters with Adam in fp32 are 12.4 GB before any
+activation, so 6 GB for mixed precision cannot come from autocast over fp32 weights, the second rung here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xtrain.spec.tree import Spec
+
+
+@dataclass(frozen=True)
+class ClaimedRung:
+    name: str
+    memory: str
+    """As claimed."""
+    speed: str
+
+
+RUNGS = (
+    ClaimedRung("plain fp32", "12 GB", "100%"),
+    ClaimedRung("+ mixed precision", "6 GB (-50%)", "115%"),
+    ClaimedRung("+ gradient accumulation", "6 GB", "110%"),
+    ClaimedRung("+ activation checkpointing", "4 GB (-67%)", "90%"),
+    ClaimedRung("+ model sharding", "2 GB per device", "80%"),
+)
+MICRO_SHARE = 4
+"""Accumulation over as many micro-batches, where the spec itself does not accumulate."""
+
+
+def rung_overrides(spec: Spec, world: int) -> list[list[str]]:
+    """`--set` words for each of RUNGS, on `world` processes."""
+    share = spec.batch.global_ // world
+    whole, small = f"batch.micro={share}", f"batch.micro={_smaller(share, spec.batch.micro)}"
+    checkpointed, sharded = (
+        "memory={checkpointing: auto}",
+        "memory={checkpointing: auto, sharding: parameters}",
+    )
+    return [
+        ["precision=fp32", whole, "memory={}"],
+        ["precision=bf16", whole, "memory={}"],
+        ["precision=bf16", small, "memory={}"],
+        ["precision=bf16", small, checkpointed],
+        ["precision=bf16", small, sharded],
+    ]
+
+
+def _smaller(share: int, micro: int | None) -> int:
+    """The spec's own micro-batch where it accumulates; else the largest divisor up to a quarter."""
+    if micro is not None and micro < share:
+        return micro
+    return max((n for n in range(1, share // MICRO_SHARE + 1) if share % n == 0), default=1)
