@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_json_stands_alone_on_standard_output(good: Path, empty: Path) -> None:
     result = xtrain("check", "--json", good, empty)
     assert (result.exit_code, result.stderr) == (2, "")
     first, second = json.loads(result.stdout)
-    assert first == {"spec": str(good), "problems": []}
+    assert first == {"spec": str(good), "problems": [], "warnings": []}
     assert second["spec"] == str(empty)
     assert len(second["problems"]) == 1
 
@@ -110,6 +111,55 @@ def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(
         "  --set train.compile=true: train.compile: found true, torch.compile builds C++ and finds no "
         "compiler (no-such-compiler; the variable CXX names another); install them, or use false\n"
     )
+
+
+def test_devices_that_are_not_on_this_machine_are_a_warning_as_the_spec_may_be_for_another(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = importlib.import_module("xtrain.backends.manual.here")
+    good.write_text(f"{GOOD}manual:\n  devices: [main, cuda:1, cpu, mps]\n")
+    monkeypatch.setattr(here, "DRIVERS", ())
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    result = xtrain("check", good, "--backend", "cpu")
+    assert (result.exit_code, result.stdout.partition(":")[2][:12]) == (0, " ok on cpu: ")
+    fine = "fine where the spec is for another one; here use main or cpu"
+    begin = "warning: 7:12: manual.devices: found"
+    assert result.stderr == (
+        f"{begin} cuda:1, not on this machine: no driver of a GPU found; {fine}\n"
+        f"{begin} mps, not on this machine: it is no Mac with Apple silicon; {fine}\n"
+    )
+    (found,) = json.loads(xtrain("check", "--json", good, "--backend", "cpu").stdout)
+    assert [warning["found"] for warning in found["warnings"]] == ["cuda:1", "mps"]
+    monkeypatch.setattr(here, "DRIVERS", ("/",))
+    assert "cuda:1" not in xtrain("check", good, "--backend", "cpu").stderr
+
+
+ONCE = {
+    "nvme": (
+        "memory: {offload: {optimizer: nvme}}",
+        "memory.offload.optimizer",
+        "backend offloads to the CPU",
+    ),
+    "parameters": (
+        "memory: {offload: {parameters: cpu}}",
+        "memory.offload.parameters",
+        "where its weights are",
+    ),
+    "both": ("memory: {offload: {parameters: nvme}}", "memory.offload.parameters", "where its weights are"),
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_what_a_backend_refuses_is_not_asked_for_more_of(good: Path, case: str) -> None:
+    """Else a path would be wanted for a drive that is refused anyway."""
+    text, path, reason = ONCE[case]
+    good.write_text(f"{GOOD}{text}\n")
+    (checked,) = json.loads(xtrain("check", "--json", good, "--backend", "cpu").stdout)
+    (problem,) = checked["problems"]
+    assert problem["path"] == path
+    assert reason in problem["expected"]
+    alone = json.loads(xtrain("check", "--json", good).stdout)[0]["problems"]
+    assert alone  # without a backend, what the spec itself lacks is told
 
 
 def test_number_of_processes_that_is_not_the_files_has_no_place_in_it(good: Path) -> None:

@@ -1,17 +1,21 @@
-"""What a run says that ran out of memory."""
+"""What a run says that ran out of memory, and what it advises."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from xtrain.contract import Counter, Memory, OutOfMemory, StepMemory
-from xtrain.relief import describe_out_of_memory, next_technique
+from xtrain import registry
+from xtrain.contract import Counter, Memory, Moment, OutOfMemory, Resolved, StepMemory
+from xtrain.relief import about_checkpoint, describe_out_of_memory, helps_on
+from xtrain.remedies import remedies
 from xtrain.spec.tree import Spec
 
 MIB = 1 << 20
+FULL_OF_ALL = dict.fromkeys(("parameters", "master", "gradients", "optimizer", "activations", "logits"), MIB)
 
 
 def spec(**changes: Any) -> Spec:
@@ -25,53 +29,194 @@ def spec(**changes: Any) -> Spec:
     return Spec.model_validate({**tree, **changes})
 
 
-def accepts(changed: Spec) -> bool:
-    return False
+def helps(changed: Spec, key: str) -> bool:
+    return True
 
 
-CHECKPOINTED = {"checkpointing": "auto"}
+def advised(
+    moment: Moment = "step", held: Mapping[str, int] = FULL_OF_ALL, judge: Any = helps, **changes: Any
+) -> list[str]:
+    """What is to be set, without the remarks."""
+    return [one.partition(" (")[0] for one in remedies(spec(**changes), moment, held, judge)]
+
+
+BF16 = {"dtype": "bf16", "weights": "bf16"}
+OFFLOADED = {"optimizer": "cpu", "gradients": "cpu", "activations": "cpu"}
+NOTHING_ON: Any = {"batch": {"global": 8}, "memory": {"loss_chunk": "none"}}
 LADDER = [
-    ({"batch": {"global": 8}}, "batch.micro: 4 (the global batch and what is learned stay the same)"),
-    ({"batch": {"global": 9, "micro": 9}}, "batch.micro: 3 ("),
-    ({"memory": {"loss_chunk": "none"}}, "memory.loss_chunk: auto ("),
-    ({}, "memory.checkpointing: auto (the same losses for about a third more time)"),
-    ({"memory": CHECKPOINTED}, "precision: bf16 ("),
-    ({"memory": CHECKPOINTED, "precision": "bf16"}, "memory.offload.optimizer: cpu ("),
+    "batch.micro: 4",
+    "memory.loss_chunk: auto",
+    "memory.checkpointing: auto",
+    "memory.checkpointing: {every: 1}",
+    "precision: {dtype: bf16, weights: bf16}",
+    "memory.sharding: optimizer",
+    "memory.sharding: gradients",
+    "memory.offload.optimizer: cpu",
+    "memory.offload.gradients: cpu",
+    "memory.offload.activations: cpu",
+    "memory.sharding: parameters",
+]
+
+
+def test_all_techniques_are_advised_in_the_order_of_their_cost() -> None:
+    assert advised(**NOTHING_ON) == LADDER
+
+
+IN_USE: list[tuple[dict[str, Any], set[str]]] = [
+    ({"batch": {"global": 8, "micro": 1}}, {"batch.micro"}),
+    ({"memory": {"loss_chunk": 64}}, {"memory.loss_chunk"}),
+    ({"memory": {"checkpointing": {"every": 1}}}, {"memory.checkpointing"}),
+    ({"memory": {"checkpointing": {"selective": {"ratio": 1.0}}}}, {"memory.checkpointing: {every"}),
+    ({"precision": BF16}, {"precision"}),
+    ({"memory": {"offload": OFFLOADED}}, {"memory.offload"}),
+    ({"memory": {"sharding": "parameters"}}, {"memory.sharding"}),
+    ({"manual": {"devices": ["main", "cpu"]}}, {"memory.sharding: parameters"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "gone"), IN_USE)
+def test_what_the_spec_already_has_is_not_advised(changes: dict[str, Any], gone: set[str]) -> None:
+    found = advised(**changes)
+    assert found
+    assert not [one for one in found if any(one.startswith(key) for key in gone)]
+
+
+def test_groups_that_are_recomputed_can_become_smaller() -> None:
+    found = advised(memory={"checkpointing": {"every": 2}})
+    assert found[0] == "memory.checkpointing: {every: 1}"
+
+
+def test_the_next_micro_batch_divides_the_one_in_use() -> None:
+    assert advised(batch={"global": 9, "micro": 9})[0] == "batch.micro: 3"
+
+
+def test_fp16_stays_fp16() -> None:
+    found = advised(precision={"dtype": "fp16", "weights": "fp32"})
+    assert "precision: {dtype: fp16, weights: fp16}" in found
+
+
+def test_layers_that_were_split_by_hand_can_be_split_by_what_fits() -> None:
+    by_hand = {"devices": ["main", "cpu"], "split": [2, 2]}
+    assert advised(manual=by_hand)[-1] == "manual.split: auto"
+
+
+ONLY = {
+    "activations": {"batch", "memory.checkpointing", "precision", "memory.offload.activations"},
+    "logits": {"batch", "memory.loss_chunk", "precision"},
+    "optimizer": {"memory.sharding: optimizer", "memory.sharding: gradients", "memory.offload.optimizer"},
+    "gradients": {"memory.sharding: gradients", "memory.offload.gradients"},
+    "parameters": set(),
+}
+"""Beside dividing the model, which always helps."""
+
+
+@pytest.mark.parametrize("category", ONLY)
+def test_only_what_makes_the_full_categories_smaller_is_advised(category: str) -> None:
+    found = advised(held={category: 99 * MIB, "other": 0}, **NOTHING_ON)
+    assert found == [
+        one
+        for one in LADDER
+        if one == "memory.sharding: parameters" or any(one.startswith(key) for key in ONLY[category])
+    ]
+
+
+MOMENTS: list[tuple[Moment, list[str]]] = [
+    ("start", ["memory.sharding: parameters"]),
     (
-        {"memory": {**CHECKPOINTED, "offload": {"optimizer": "cpu"}}, "precision": "bf16"},
-        "memory.sharding: parameters (",
+        "update",
+        [one for one in LADDER if "optimizer" in one or "gradients" in one or one.endswith("parameters")],
+    ),
+    (
+        "evaluation",
+        [
+            "batch.micro: 4",
+            "memory.loss_chunk: auto",
+            "precision: {dtype: bf16, weights: bf16}",
+            "memory.sharding: optimizer",
+            "memory.sharding: gradients",
+            "memory.offload.optimizer: cpu",
+            "memory.sharding: parameters",
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), LADDER)
-def test_the_next_technique_is_the_cheapest_not_yet_in_use(changes: Any, expected: str) -> None:
-    assert next_technique(spec(**changes), accepts).startswith(expected)
+@pytest.mark.parametrize(("moment", "expected"), MOMENTS)
+def test_only_what_helps_at_that_moment_is_advised(moment: Moment, expected: list[str]) -> None:
+    assert advised(moment, {}, **NOTHING_ON) == expected
 
 
-def test_what_the_backend_refuses_is_not_advised() -> None:
-    found = next_technique(spec(), lambda changed: changed.precision.dtype == "fp32")
-    assert found.startswith("precision: bf16")
-    assert next_technique(spec(), lambda changed: True) == "a shorter data.seq_len, or a smaller model"
+def test_16_bit_weights_ease_the_start_once_their_masters_are_elsewhere() -> None:
+    assert "precision: {dtype: bf16, weights: bf16}" in advised(
+        "start", {}, memory={"offload": {"optimizer": "cpu"}}
+    )
 
 
-FULL = OutOfMemory("cuda:0", Memory(Counter(90 * MIB, None, "unavailable"), None, {"parameters": MIB}), True)
+def test_what_the_backend_refuses_or_has_nothing_to_do_for_is_not_advised() -> None:
+    on_cpu = helps_on(registry.load("cpu"), 1)
+    assert advised(judge=on_cpu, **NOTHING_ON) == LADDER[:5]
+    on_gpu = helps_on(registry.load("cuda"), 1)
+    assert advised(judge=on_gpu, **NOTHING_ON) == [
+        one for one in LADDER if one not in ("memory.sharding: optimizer", "memory.sharding: gradients")
+    ]
+
+
+def test_offload_is_advised_with_what_the_backend_wants_beside_it() -> None:
+    together = helps_on(registry.load("deepspeed"), 1)
+    found = advised(judge=together)
+    assert "memory.offload.optimizer: cpu with memory.sharding: optimizer" in found
+
+
+FULL = OutOfMemory(
+    "cuda:0", Memory(Counter(90 * MIB, None, "unavailable"), None, {"parameters": MIB}), "step"
+)
+
+
+def described(full: OutOfMemory, seen: StepMemory | None, saved: str = "") -> str:
+    backend = registry.load("cpu")
+    return describe_out_of_memory(full, seen, Resolved("cpu", spec(), 1), backend, saved)
 
 
 def test_the_message_says_what_filled_the_device_and_what_to_try() -> None:
     seen = StepMemory(2, {"cuda:0": {"parameters": 10 * MIB, "activations": 70 * MIB, "logits": 0}})
-    message = describe_out_of_memory(FULL, seen, spec(), accepts, None)
-    assert message.splitlines() == [
+    assert described(FULL, seen, about_checkpoint(None)).splitlines() == [
         "cuda:0 is out of memory in the middle of a step.",
         "  cuda:0 held 80.0 MiB: parameters 10.0 MiB, activations 70.0 MiB",
         "  live tensors at that moment: 90.0 MiB",
-        "There is no checkpoint yet. Try memory.checkpointing: auto "
-        "(the same losses for about a third more time)",
+        "There is no checkpoint yet.",
+        "Try, cheapest first:",
+        "  memory.checkpointing: auto (the same losses for about a third more time)",
+        "  memory.checkpointing: {every: 1} (block by block: usually the least memory)",
+        "  precision: {dtype: bf16, weights: bf16} "
+        "(halves most activations; the losses are those of this precision)",
     ]
 
 
+def test_of_a_step_that_broke_off_nobody_knows_what_would_have_been_held() -> None:
+    peaks = {"cuda:0": {"parameters": 70 * MIB}}
+    assert "checkpointing" not in described(FULL, StepMemory(1, peaks))
+    assert "checkpointing" in described(FULL, StepMemory(1, peaks, finished=False))
+
+
 def test_without_a_counted_step_the_engine_says_what_it_holds(tmp_path: Path) -> None:
-    (tmp_path / "step-00000004").mkdir()
-    message = describe_out_of_memory(FULL, None, spec(), accepts, tmp_path)
-    assert "  cuda:0 held 1.0 MiB: parameters 1.0 MiB\n" in message
-    assert f"The last checkpoint, {tmp_path / 'step-00000004'}, is intact." in message
+    message = described(FULL, None, about_checkpoint(tmp_path))
+    assert "  cuda:0 held 90.0 MiB: parameters 1.0 MiB, other 89.0 MiB\n" in message
+    assert "checkpointing" in message  # what the rest is nobody has seen
+    assert f"The last checkpoint, {tmp_path}, is intact." in message
+
+
+@pytest.mark.parametrize(
+    ("moment", "when", "last_resort"),
+    [
+        ("start", "before the first step, while the model was put in its place.", "  a smaller model"),
+        ("evaluation", "in the middle of an evaluation.", "  precision:"),
+    ],
+)
+def test_outside_of_a_step_what_is_held_now_counts_and_not_a_step_before(
+    moment: Moment, when: str, last_resort: str
+) -> None:
+    seen = StepMemory(2, {"cuda:0": {"activations": 70 * MIB}})
+    lines = described(OutOfMemory(FULL.device, FULL.memory, moment), seen).splitlines()
+    assert lines[0] == f"cuda:0 is out of memory {when}"
+    assert lines[1] == "  cuda:0 held 90.0 MiB: parameters 1.0 MiB, other 89.0 MiB"
+    assert lines[-1].startswith(last_resort)

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xtrain import registry
-from xtrain.contract import JSON, Problem
+from xtrain.contract import JSON, LooksAround, Problem
 from xtrain.errors import SpecError
 from xtrain.printable import printable
-from xtrain.spec import Spec, load_spec
+from xtrain.spec import Spec, load_spec, locate
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,18 @@ class Checked:
     path: Path
     problems: tuple[Problem, ...]
     message: str
+    warnings: tuple[Problem, ...] = ()
+    """What is in the way on this machine only: the spec may be for another one."""
 
     def __str__(self) -> str:
         return f"error: {self.message}" if self.problems else f"{printable(str(self.path))}: {self.message}"
 
     def as_json(self) -> dict[str, JSON]:
-        return {"spec": str(self.path), "problems": [asdict(problem) for problem in self.problems]}
+        return {
+            "spec": str(self.path),
+            "problems": [asdict(problem) for problem in self.problems],
+            "warnings": [asdict(warning) for warning in self.warnings],
+        }
 
 
 def check_file(path: Path, overrides: Sequence[str], backend: str | None, world: int | None) -> Checked:
@@ -35,8 +41,11 @@ def check_file(path: Path, overrides: Sequence[str], backend: str | None, world:
         spec = load_spec(path, overrides, world, asked)
     except SpecError as error:
         return Checked(path, error.problems, str(error))
+    missing: list[Problem] = asked.missing_here(spec) if isinstance(asked, LooksAround) else []
+    warnings = locate(missing, path, overrides, world) if missing else []
     on = f" on {backend}" if backend else ""
-    return Checked(path, (), f"ok{on}: {summary(spec, world or spec.launch.processes)}")
+    message = f"ok{on}: {summary(spec, world or spec.launch.processes)}"
+    return Checked(path, (), message, tuple(warnings))
 
 
 def summary(spec: Spec, world: int) -> str:

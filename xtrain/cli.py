@@ -188,6 +188,8 @@ def check(
     else:
         for result in results:
             click.echo(str(result), err=bool(result.problems))
+            for warning in result.warnings:
+                click.echo(f"warning: {warning}", err=True)
     raise SystemExit(EXIT_REQUEST if any(result.problems for result in results) else EXIT_DONE)
 
 

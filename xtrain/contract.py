@@ -88,6 +88,8 @@ class Resolved:
     """What a person should know about those decisions, a sentence each."""
     files: Mapping[str, JSON] = field(default_factory=dict)
     """Written into the run directory as they are, by file name."""
+    idle: Sequence[str] = ()
+    """Keys of the spec, or sections, that have nothing to do here; a note says why of each."""
 
 
 class Backend(Protocol):
@@ -114,6 +116,16 @@ class Backend(Protocol):
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> Engine:
         """Build the engine. Collective: every process of the job calls it."""
+        ...
+
+
+@runtime_checkable
+class LooksAround(Protocol):
+    """A backend that can tell what of a spec this machine has not: for `xtrain check`, which refuses nothing
+    for it, as a spec may be for another machine."""
+
+    def missing_here(self, spec: Spec) -> list[Problem]:
+        """As far as can be seen without loading anything heavy; a run looks again when it starts."""
         ...
 
 
@@ -246,6 +258,8 @@ class StepMemory:
     """1-based, as in metrics.jsonl."""
     peaks: ByPlace
     """Each place at its own fullest moment."""
+    finished: bool = True
+    """False where it broke off: then more would have come."""
 
 
 MEMORY_CATEGORIES = (
@@ -323,6 +337,8 @@ class Engine(Protocol):
     """For arithmetic on the host, per process; None where there is none."""
     matmul_precision: str | None
     """Of fp32 matrix products, as the engine's library names it."""
+    notes: Sequence[str]
+    """What it decided when it saw the model, a sentence each."""
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult: ...
 
@@ -381,12 +397,23 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class OutOfMemory(Exception):
-    """The device is full. The one backend exception the loop knows."""
+Moment: TypeAlias = Literal["start", "step", "update", "evaluation"]
+"""Where in a run: before the first step, in forward and backward, while weights change, in an evaluation."""
+WHEN: Mapping[Moment, str] = {
+    "start": "before the first step, while the model was put in its place",
+    "step": "in the middle of a step",
+    "update": "while it updated the weights",
+    "evaluation": "in the middle of an evaluation",
+}
 
-    def __init__(self, device: str, memory: Memory, before_update: bool) -> None:
-        super().__init__(f"{device} is out of memory")
+
+class OutOfMemory(Exception):
+    """A device is full. The one backend exception the loop knows."""
+
+    def __init__(self, device: str, memory: Memory, moment: Moment) -> None:
+        super().__init__(f"{device} is out of memory {WHEN[moment]}")
         self.device = device
         self.memory = memory
-        self.before_update = before_update
-        """Whether weights and moments are still those of the last finished step."""
+        """Of that device, when it was full."""
+        self.moment = moment
+        """In an update, weights and moments may be half of the last step and half of this one."""

@@ -9,14 +9,15 @@ contract: after the first update of SGD with momentum the momentum *is* the grad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.choose import choose
-from xtrain.contract import Batch, Engine, Job, ModelSource, StepInput
+from xtrain.contract import Batch, Engine, Job, ModelSource, OutOfMemory, StepInput
 from xtrain.data import open_data
-from xtrain.errors import RequestError
+from xtrain.errors import RequestError, RunFailed
 from xtrain.models.source import model_source
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
@@ -86,7 +87,7 @@ class GradCheck:
 def check_gradients(path: Path, overrides: Sequence[str], backend: str, tolerance: float) -> GradCheck:
     """Take the step twice and compare. One process, one micro-batch: `batch.global` becomes `batch.micro`.
 
-    Raises RequestError where the spec, the data or the backend refuse.
+    Raises RequestError where the spec, the data or the backend refuse, RunFailed where a device is full.
     """
     spec = load_spec(path, (*overrides, *_one_step(load_spec(path, overrides))))
     choice = choose(backend, spec, 1, str(path))
@@ -96,11 +97,12 @@ def check_gradients(path: Path, overrides: Sequence[str], backend: str, toleranc
     targets = data.target_tokens(0)
     # Bare torch first: an engine may change torch for the whole process.
     expected_loss, expected = gradients_in_bare_torch(source, batch, targets)
-    engine = choice.backend.start(choice.backend.resolve(spec, 1), source, Job())
     try:
-        loss, found = gradients_of_engine(engine, batch, targets)
-    finally:
-        engine.close()
+        engine = choice.backend.start(choice.backend.resolve(spec, 1), source, Job())
+        with closing(engine):
+            loss, found = gradients_of_engine(engine, batch, targets)
+    except OutOfMemory as full:
+        raise RunFailed(f"{full}; check with a smaller batch.micro or model") from full
     if not found:
         raise RequestError(f"--grad-check: backend {choice.backend.name} computes no gradients; use another")
     return GradCheck(

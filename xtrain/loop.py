@@ -121,12 +121,13 @@ class Loop:
         """A step under the ledger. It computes the same, but its time means nothing: speed leaves it out."""
         from xtrain.ledger import Ledger
 
-        ledger = Ledger(self.engine.holdings)
+        ledger, finished = Ledger(self.engine.holdings), False
         try:
             with ledger.open():
                 self._step(step, window, ledger)
+            finished = True
         finally:  # where the device is full, what filled it is wanted most
-            self.step_memory = StepMemory(step + 1, ledger.peaks)
+            self.step_memory = StepMemory(step + 1, ledger.peaks, finished)
 
     def _close(self, window: Window, trace: SampledTrace | None = None, evaluating: bool = False) -> None:
         """Bring the window to the host, hand it to the observer, empty it."""

@@ -110,7 +110,8 @@ def _outcome(record: RunRecord) -> str:
     steps = plural(record.totals.steps, "step")
     skipped = f" ({record.totals.skipped:,} skipped)" if record.totals.skipped else ""
     place = f"{clean(record.backend)}, {plural(record.world, 'process')}"
-    failure = f": {clean(record.failure)}" if record.failure else ""
+    reason = record.failure.partition("\n")[0] if record.failure else ""  # the error says the rest
+    failure = f": {clean(reason)}" if reason else ""
     return f"{record.status} after {steps}{skipped} on {place}{failure}"
 
 

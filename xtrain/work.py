@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
-from xtrain import registry
+from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder, select
 from xtrain.choose import Choice
-from xtrain.contract import Counter, Job, OutOfMemory, Resolved
+from xtrain.contract import Backend, Counter, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.guards import Guards, watches
@@ -24,14 +25,13 @@ from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_di
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
-from xtrain.relief import describe_out_of_memory
+from xtrain.relief import about_checkpoint, describe_out_of_memory
 from xtrain.request import Request
 from xtrain.resume import Start, agreed, find_start
 from xtrain.rundir import RunDirectory
 from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
 from xtrain.spec import dump_spec
-from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 from xtrain.summary import render_summary
 from xtrain.trackers import open_trackers
@@ -56,20 +56,22 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
             if job.world > 1:
                 preflight(job, known(job, spec, data.content_hash), _hang_seconds(spec), partial(say, first))
             before = resident_bytes()
-            engine = choice.backend.start(resolved, model, job)
-            begin = agreed(engine, begin)
-            resolved = replace(resolved, notes=(*resolved.notes, *model.notes))
-            if begin.checkpoint:
-                restore(engine, begin.checkpoint, guards, job.rank)
+            with _full_devices_told(resolved, choice.backend, begin, directory):
+                engine = choice.backend.start(resolved, model, job)
+                begin = agreed(engine, begin)
+                if begin.checkpoint:
+                    restore(engine, begin.checkpoint, guards, job.rank)
+            later_notes = (*model.notes, *engine.notes)
+            resolved = replace(resolved, notes=(*resolved.notes, *later_notes))
             if directory:  # only now: a request that is refused has changed nothing
                 fill(directory, request, resolved, begin, partial(say, first))
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
-        for note in model.notes:
+        for note in later_notes:
             say(first, f"note: {note}")
         stop.begin(first)
         try:
             facts = Facts(resolved, data, model, engine)
-            return Run(request, facts, directory, job, begin, guards, before, stop).train()
+            return Run(request, facts, choice.backend, directory, job, begin, guards, before, stop).train()
         finally:
             engine.close()
 
@@ -88,6 +90,27 @@ def _prepare(
     for note in resolved.notes:
         say(first, f"note: {note}")
     return data, begin, model, resolved
+
+
+@contextmanager
+def _full_devices_told(
+    resolved: Resolved, backend: Backend, begin: Start, directory: RunDirectory | None
+) -> Iterator[None]:
+    """A model that does not fit ends the run with a message, before anything of it is written."""
+    try:
+        yield
+    except OutOfMemory as full:
+        saved = _saved(begin, directory)
+        raise RunFailed(describe_out_of_memory(full, None, resolved, backend, saved)) from full
+
+
+def _saved(begin: Start, directory: RunDirectory | None) -> str:
+    """A sentence on the last checkpoint; empty on the ranks that do not write any."""
+    if directory is None:
+        return ""
+    own = complete_checkpoints(directory.checkpoints)
+    last = own[-1] if own else begin.checkpoint
+    return about_checkpoint(last.path if last else None)
 
 
 def _hang_seconds(spec: Spec) -> float | None:
@@ -111,6 +134,7 @@ class Run:
 
     request: Request
     facts: Facts
+    backend: Backend
     directory: RunDirectory | None
     """Rank 0 has it."""
     job: Job
@@ -187,7 +211,8 @@ class Run:
         try:
             done = loop.run(self.begin.step, last)
         except OutOfMemory as full:
-            failure = self._describe(full, loop)
+            saved = _saved(self.begin, self.directory)
+            failure = describe_out_of_memory(full, loop.step_memory, self.facts.resolved, self.backend, saved)
             return Outcome("failed", failure, RunFailed(failure))
         except KeyboardInterrupt as interrupt:
             return Outcome("interrupted", "left at once", interrupt)
@@ -198,16 +223,6 @@ class Run:
         if done < last:
             return Outcome("interrupted")
         return Outcome("done" if done == self.facts.resolved.spec.train.steps else "stopped")
-
-    def _describe(self, full: OutOfMemory, loop: Loop) -> str:
-        resolved = self.facts.resolved
-        backend = registry.load(resolved.backend)
-
-        def refuses(spec: Spec) -> bool:
-            return bool(check_spec(spec, resolved.world) or backend.problems(spec, resolved.world))
-
-        checkpoints = self.directory.checkpoints if self.directory else None
-        return describe_out_of_memory(full, loop.step_memory, resolved.spec, refuses, checkpoints)
 
     def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
         memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)

@@ -12,7 +12,7 @@ from .environment import announce_compilation, facts, prepare, probe
 from .imports import import_config
 from .overrides import override_problems
 from .standalone import find_standalone_problems, standalone_settings
-from .support import find_notes, find_problems, find_spec_problems
+from .support import find_idle, find_notes, find_problems, find_spec_problems
 from .translate import declared_settings, engine_settings, translate
 from .zero import stage_of
 
@@ -37,7 +37,9 @@ class DeepSpeedBackend:
     def resolve(self, spec: Spec, world: int) -> Resolved:
         ds_config = translate(spec, world)
         settings: dict[str, JSON] = {"zero_stage": stage_of(spec), "ds_config": ds_config}
-        return Resolved(self.name, spec, world, settings, find_notes(spec), {"ds_config.json": ds_config})
+        idle = find_idle(spec, world)
+        notes, files = [*find_notes(spec), *idle.values()], {"ds_config.json": ds_config}
+        return Resolved(self.name, spec, world, settings, notes, files, list(idle))
 
     def translation(self, spec: Spec, world: int) -> list[Setting]:
         return engine_settings(spec, world)
@@ -61,8 +63,8 @@ class DeepSpeedBackend:
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
         prepare()
-        from .engine import DeepSpeedEngine
+        from .engine import start_engine
 
         if job.local_rank == 0:
             announce_compilation(resolved.spec)
-        return DeepSpeedEngine(resolved, model, job)
+        return start_engine(resolved, model, job)

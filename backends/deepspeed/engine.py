@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from xtrain.contract import (
     LossSum,
     Memory,
     ModelSource,
+    Moment,
     OutOfMemory,
     Resolved,
     StateForm,
@@ -50,6 +52,8 @@ from .zero import stage_of
 
 class DeepSpeedEngine:
     """Implements xtrain.contract.Engine on a deepspeed.DeepSpeedEngine."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, resolved: Resolved, source: ModelSource, job: Job) -> None:
         import deepspeed
@@ -89,14 +93,10 @@ class DeepSpeedEngine:
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         """One update of all ranks; a full device raises OutOfMemory on the rank that has it."""
-        before_update = True
-        try:
-            with self.first_step.told():
-                loss_sum = self._accumulate(step, trace)
-            before_update = False
+        with self._watch_memory("step"), self.first_step.told():
+            loss_sum = self._accumulate(step, trace)
+        with self._watch_memory("update"):
             return self._update(step, loss_sum, accept, trace)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(str(self.device), self.memory(), before_update) from error
 
     def _accumulate(self, step: StepInput, trace: Trace) -> torch.Tensor:
         """Forward and backward of this rank's micro-batches; returns its sum of token losses.
@@ -166,7 +166,8 @@ class DeepSpeedEngine:
         tokens = 0
         with torch.no_grad(), uncompiled(self.spec):
             for batch in batches:
-                total += self.engine(*self._to_device(batch))
+                with self._watch_memory("evaluation"):
+                    total += self.engine(*self._to_device(batch))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.engine.train()
         # float32 counts exactly only to 2^24, so the tokens are summed as integers.
@@ -185,11 +186,7 @@ class DeepSpeedEngine:
         ]
 
     def memory(self) -> Memory:
-        live = reserved = None
-        if self.device.type == "cuda":
-            live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
-            reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
-        return Memory(live, reserved, count_bytes(self.holdings()).get(str(self.device), {}))
+        return memory_of(self.device, self.holdings())
 
     def holdings(self) -> Holdings:
         return holdings(self.engine, self._shards().flat())
@@ -248,3 +245,27 @@ class DeepSpeedEngine:
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
         return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def _watch_memory(self, moment: Moment) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(str(self.device), self.memory(), moment) from error
+
+
+def start_engine(resolved: Resolved, source: ModelSource, job: Job) -> DeepSpeedEngine:
+    """Raises OutOfMemory where the model does not fit."""
+    try:
+        return DeepSpeedEngine(resolved, source, job)
+    except torch.OutOfMemoryError as error:
+        device = device_of(job)
+        raise OutOfMemory(str(device), memory_of(device, {}), "start") from error
+
+
+def memory_of(device: torch.device, holdings: Holdings) -> Memory:
+    live = reserved = None
+    if device.type == "cuda":
+        live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
+        reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
+    return Memory(live, reserved, count_bytes(holdings).get(str(device), {}))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
 from xtrain.spec.keys import printed, refusals
+from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
 from xtrain.techniques.compiled import compile_notes, compile_problems
 
@@ -66,11 +67,22 @@ def find_notes(spec: Spec) -> list[str]:
             "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
             "gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known beforehand"
         )
-    if spec.model.blocks is not None and not recomputes(spec) and not spec.train.compile:
-        notes.append("model.blocks is not used: nothing in this spec works on single blocks")
-    if spec.manual is not None:
-        notes.append("the manual section is for another backend and is not used")
     return notes
+
+
+def find_idle(spec: Spec, world: int) -> dict[str, str]:
+    """Keys that are honoured by having nothing to do, with a sentence on why."""
+    found = {}
+    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
+    if world == 1 and sharding != "none" and offload_of(spec) == Offload():
+        found["memory.sharding"] = (
+            "memory.sharding saves nothing here: one process has nothing to shard it over"
+        )
+    if spec.model.blocks is not None and not recomputes(spec) and not spec.train.compile:
+        found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"
+    if spec.manual is not None:
+        found["manual"] = "the manual section is for another backend and is not used"
+    return found
 
 
 def _compile(spec: Spec) -> Iterator[Problem]:

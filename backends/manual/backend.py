@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 from xtrain.errors import RequestError
+from xtrain.techniques.compiled import compile_notes
 
-from .support import device_names, find_notes, find_problems, offload_of
+from .here import missing_here
+from .support import device_names, find_idle, find_problems, offload_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -36,6 +38,9 @@ class ManualBackend:
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         return find_problems(spec, world, self.name)
 
+    def missing_here(self, spec: Spec) -> list[Problem]:
+        return list(missing_here(spec))
+
     def resolve(self, spec: Spec, world: int) -> Resolved:
         from .devices import device_of
 
@@ -51,7 +56,9 @@ class ManualBackend:
                 for name in (["cpu"] if offload_of(spec).optimizer.enabled else names)
             ),
         }
-        return Resolved(self.name, spec, world, settings, find_notes(spec, self.name))
+        idle = find_idle(spec, self.name)
+        notes = [*compile_notes(spec), *idle.values()]
+        return Resolved(self.name, spec, world, settings, notes, idle=list(idle))
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> ManualEngine:
         from .devices import device_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import platform
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
@@ -65,8 +66,9 @@ class Device(ABC):
         if "cpu" in state:
             torch.set_rng_state(_decode(state["cpu"]))
 
-    def is_out_of_memory(self, error: RuntimeError) -> bool:
-        return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
+        """Whether this is how torch says that this device, and no other one, is full."""
+        return isinstance(error, torch.OutOfMemoryError) and str(self.torch_device) in str(error)
 
 
 EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
@@ -121,8 +123,14 @@ class Cpu(Device):
     def lacks(self, dtype: str) -> str:
         return "" if dtype != "fp16" or cpu_computes_fp16() else NO_FP16
 
-    def is_out_of_memory(self, error: RuntimeError) -> bool:
-        return "can't allocate memory" in str(error) or super().is_out_of_memory(error)
+    def limit_bytes(self) -> int | None:
+        return psutil.virtual_memory().available
+
+    def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
+        return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+CUDA_IS_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Cuda(Device):
@@ -158,6 +166,15 @@ class Cuda(Device):
         """Free now; what this process's own allocator holds is free to it."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return free + torch.cuda.memory_reserved(self.torch_device)
+
+    def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
+        """torch's allocator names the GPU that is full; the driver and cuBLAS do not."""
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            text in str(error) for text in CUDA_IS_FULL
+        ):
+            return False
+        named = re.search(r"GPU (\d+)", str(error))
+        return named is None or int(named[1]) == self.torch_device.index
 
     def random_state(self) -> dict[str, JSON]:
         own = _encode(torch.cuda.get_rng_state(self.torch_device))
@@ -223,6 +240,9 @@ class Mps(Device):
     def limit_bytes(self) -> int | None:
         """Metal's working set: beyond it the system begins to move memory about."""
         return torch.mps.recommended_max_memory()
+
+    def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
+        return "MPS backend out of memory" in str(error)
 
     def random_state(self) -> dict[str, JSON]:
         return {**super().random_state(), "mps": _encode(torch.mps.get_rng_state())}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from xtrain.contract import (
     LossSum,
     Memory,
     ModelSource,
-    OutOfMemory,
+    Moment,
     StateForm,
     StateKey,
     StatePiece,
@@ -27,21 +27,19 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
-from xtrain.ledger import count_bytes
 from xtrain.spec.tree import Spec
-from xtrain.techniques.checkpointing import checkpoint_activations
-from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
+from xtrain.techniques.compiled import FirstStep, uncompiled
 
 from . import state
 from .activations import activations_on_host
+from .assemble import assemble
 from .clipping import global_norm, unscale_and_clip
-from .devices import Cpu, Device
+from .devices import Device
 from .loss_scaling import LossScaler
-from .optimizer import build_optimizer, set_learning_rate
-from .placement import place, plan_placement
-from .precision import autocast, round_weights
+from .optimizer import set_learning_rate
+from .out_of_memory import memory_of, watch_memory
+from .precision import autocast
 from .support import offload_of
-from .weights import hold_weights
 
 
 class ManualEngine:
@@ -51,7 +49,7 @@ class ManualEngine:
     data_size = 1
 
     def __init__(self, spec: Spec, source: ModelSource, devices: Sequence[Device]) -> None:
-        """Stem, head and loss are on the first device, the home; see placement.py."""
+        """The first device is the home: batches, loss and norm are there. See assemble.py."""
         self.devices = list({device.torch_device: device for device in devices}.values())
         for device in self.devices:
             device.prepare()
@@ -63,29 +61,20 @@ class ManualEngine:
         self.scaler = LossScaler(spec.precision) if spec.precision.dtype == "fp16" else None
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
-        self.model = source.build()
-        placement = plan_placement(self.model, spec, devices)
-        round_weights(self.model, spec.precision)  # before they travel: fp32 ones might not fit
-        place(self.model, placement)
-        compile_model(self.model, spec)
-        checkpoint_activations(self.model, spec)
-        self.weights = hold_weights(self.model, offload_of(spec))
+        parts = assemble(spec, source, devices)
+        self.model, self.weights, self.optimizer = parts.model, parts.weights, parts.optimizer
+        self.notes = parts.notes
         self.parks_activations = offload_of(spec).activations.enabled
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        fused = {device.torch_device: device.fused_optimizer for device in (Cpu(), *devices)}
-        updated = self.weights.updated
-        self.optimizer = build_optimizer(
-            spec.optimizer, updated, source, fused=all(fused[p.device] for p in updated.values())
-        )
         self.first_step = FirstStep(spec, first_rank=True)
         torch.manual_seed(spec.train.seed)  # dropout, from here on
         self.model.train()
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         scale = self.scaler.scale if self.scaler else None
-        with self._watch_memory(before_update=True), self.first_step.told():
+        with self._watch_memory("step"), self.first_step.told():
             loss_sum = self._accumulate(step, scale or 1.0, trace)
-        with self._watch_memory(before_update=False), trace.span("optimizer"):
+        with self._watch_memory("update"), trace.span("optimizer"):
             gradients = self.weights.gradients()
             norm = global_norm(gradients) / (scale or 1.0)
             skipped = self._overflowed(norm) or not (
@@ -126,7 +115,7 @@ class ManualEngine:
         self.model.eval()
         total = torch.zeros((), device=self.home)
         tokens = 0
-        with torch.no_grad(), uncompiled(self.spec):
+        with torch.no_grad(), uncompiled(self.spec), self._watch_memory("evaluation"):
             for batch in batches:
                 with self._autocast():
                     total += self.model(*self._bring_home(batch))
@@ -147,9 +136,7 @@ class ManualEngine:
 
     def memory(self) -> Memory:
         """Of the home, also where layers are elsewhere."""
-        home = self.devices[0]
-        categories = count_bytes(self.holdings()).get(str(self.home), {})
-        return Memory(home.live(), home.reserved(), categories)
+        return memory_of(self.devices[0], self.holdings())
 
     def holdings(self) -> Holdings:
         state = (value for kept in self.optimizer.state.values() for value in kept.values())
@@ -168,7 +155,8 @@ class ManualEngine:
         return state.export_state(self.model, self.weights, self.optimizer)
 
     def import_state(self, reader: StateReader) -> None:
-        state.import_state(self.model, self.weights, self.optimizer, reader)
+        with self._watch_memory("start"):
+            state.import_state(self.model, self.weights, self.optimizer, reader)
 
     def extras(self) -> dict[str, JSON]:
         return {
@@ -207,12 +195,5 @@ class ManualEngine:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
         return tokens.to(self.home, non_blocking=True), targets.to(self.home, non_blocking=True)
 
-    @contextmanager
-    def _watch_memory(self, before_update: bool) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            full = next((device for device in self.devices if device.is_out_of_memory(error)), None)
-            if full is None:
-                raise
-            raise OutOfMemory(str(full.torch_device), self.memory(), before_update) from error
+    def _watch_memory(self, moment: Moment) -> AbstractContextManager[None]:
+        return watch_memory(self.devices, moment, self.holdings)

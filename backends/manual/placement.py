@@ -42,6 +42,14 @@ class Placement:
     places: Sequence[torch.device] = ()
     """Of each block."""
 
+    def notes(self) -> list[str]:
+        """For people; nothing where all is on one device anyway."""
+        if not self.places:
+            return []
+        runs = [(device, len(list(members))) for device, members in groupby(self.places)]
+        blocks = ", ".join(f"{count} on {device}" for device, count in runs)
+        return [f"layers over devices: stem and head on {self.home}; of {len(self.places)} blocks {blocks}"]
+
 
 def plan_placement(model: nn.Module, spec: Spec, devices: Sequence[Device]) -> Placement:
     """For a model that is on the CPU, in fp32. Nothing of it is changed, but random numbers may be drawn.

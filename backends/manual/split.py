@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from xtrain.errors import RequestError
+from xtrain.summary import format_bytes
 
 from .devices import Device
 from .estimate import StepBytes
@@ -30,23 +31,41 @@ def split_blocks(split: Sequence[int] | Sequence[float], blocks: int) -> list[in
 
 
 def fit_blocks(needed: StepBytes, devices: Sequence[Device]) -> list[int]:
-    """`split: auto`: each device in turn takes as many blocks as fit, the last one what is left.
+    """`split: auto`: each device in turn takes as many blocks as fit; one device alone, alike.
 
-    A device without a limit, such as the CPU, takes all that come to it; where none has one, all get alike.
+    Raises RequestError where stem and head, or some of the blocks, find no room.
     """
-    if all(device.limit_bytes() is None for device in devices):
-        return split_blocks([1 / len(devices)] * len(devices), len(needed.blocks))
-    room = {device.torch_device: _room(device) for device in devices}
-    room[devices[0].torch_device] -= needed.home + needed.recomputed
-    left = list(needed.blocks)
-    counts = []
-    for device in devices[:-1]:
+    room = {device.torch_device: _room(device) - needed.recomputed for device in devices}
+    home = devices[0].torch_device
+    room[home] -= needed.home
+    if room[home] < 0:
+        raise RequestError(f"manual.split: auto: stem and head do not fit on {home}{_short(-room[home])}")
+    left, counts = list(needed.blocks), []
+    for device in devices:
         count = 0
         while left and left[0] <= room[device.torch_device]:
             room[device.torch_device] -= left.pop(0)
             count += 1
         counts.append(count)
-    return [*counts, len(left)]
+    if left:
+        taken = ", ".join(
+            f"{count} on {device.torch_device}" for device, count in zip(devices, counts, strict=True)
+        )
+        raise RequestError(
+            f"manual.split: auto: found room for {sum(counts)} of the {len(needed.blocks)} blocks "
+            f"({taken}){_short(sum(left))}"
+        )
+    if len(room) == 1:
+        return split_blocks([1 / len(devices)] * len(devices), len(needed.blocks))
+    return counts
+
+
+def _short(missing_bytes: float) -> str:
+    """What to do about it."""
+    return (
+        f"; by the estimate {format_bytes(int(missing_bytes))} are missing: use a smaller batch.micro, "
+        "memory.checkpointing or memory.offload, name more devices, or name counts, which are not checked"
+    )
 
 
 def _room(device: Device) -> float:

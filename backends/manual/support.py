@@ -43,25 +43,30 @@ def offload_of(spec: Spec) -> Offload:
     return Offload() if spec.memory == "auto" else spec.memory.offload
 
 
-def find_notes(spec: Spec, main: str) -> list[str]:
-    """What is honoured by having nothing to do."""
-    notes = compile_notes(spec)
+def find_idle(spec: Spec, main: str) -> dict[str, str]:
+    """Keys that are honoured by having nothing to do, with a sentence on why."""
+    found = {}
     names = device_names(spec, main)
-    if len(names) > 1 and len(set(names)) == 1:
-        notes.append(f"layers over devices: all of them are {names[0]}, so no memory is saved")
-    if spec.memory != "auto" and spec.memory.sharding in ("optimizer", "gradients"):
-        notes.append(
-            f"memory.sharding: {spec.memory.sharding} does nothing here: "
-            "one process has nothing to shard it over"
+    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
+    if sharding in ("optimizer", "gradients"):
+        found["memory.sharding"] = (
+            f"memory.sharding: {sharding} does nothing here: one process has nothing to shard it over"
         )
+    elif sharding == "parameters" and len(names) == 1:
+        found["memory.sharding"] = (
+            f"memory.sharding: parameters does nothing here: manual.devices names one device, {names[0]}"
+        )
+    if len(names) > 1 and len(set(names)) == 1:
+        key = "manual.devices" if spec.manual and spec.manual.devices else "memory.sharding"
+        found[key] = f"{key}: layers over devices, but all of them are {names[0]}, so no memory is saved"
     if offload_of(spec) != Offload() and set(names) == {"cpu"}:
-        notes.append("memory.offload does nothing here: the device is the CPU")
+        found["memory.offload"] = "memory.offload does nothing here: the device is the CPU"
     whole = not recomputes(spec) and not spec.train.compile and len(names) == 1
     if spec.model.blocks is not None and whole:
-        notes.append("model.blocks is not used: nothing in this spec works on single blocks")
+        found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"
     if spec.deepspeed is not None:
-        notes.append("the deepspeed section is for another backend and is not used")
-    return notes
+        found["deepspeed"] = "the deepspeed section is for another backend and is not used"
+    return found
 
 
 def _compile(spec: Spec, device: str) -> Iterator[Problem]:
@@ -92,16 +97,16 @@ def _memory(spec: Spec) -> Iterator[Problem]:
 
 def _offload(spec: Spec) -> Iterator[Problem]:
     offload = offload_of(spec)
-    for name in Offload.model_fields:
+    for name in ("optimizer", "gradients", "activations"):
         if getattr(offload, name).device == "nvme":
             expected = "this backend offloads to the CPU only"
             yield Problem(f"memory.offload.{name}", "nvme", expected, "use cpu, or --backend deepspeed")
-    if offload.parameters.device == "cpu":
+    if offload.parameters.enabled:
         yield Problem(
             "memory.offload.parameters",
-            "cpu",
+            offload.parameters.device,
             "this backend computes a layer where its weights are: it does not carry them to and fro",
-            "leave it out: memory.sharding: parameters puts the layers that do not fit on the CPU",
+            "use memory.sharding: parameters instead, which puts layers that do not fit on the CPU",
         )
 
 

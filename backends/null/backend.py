@@ -69,6 +69,7 @@ class NullEngine:
     parameter_count = 0
     threads: int | None = None
     matmul_precision: str | None = None
+    notes: Sequence[str] = ()
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         with trace.span("forward"):

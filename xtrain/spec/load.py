@@ -11,6 +11,7 @@ from typing import Protocol
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
 from xtrain.spec.check import check_spec
+from xtrain.spec.keys import covering
 from xtrain.spec.overrides import Overrides
 from xtrain.spec.problems import find_faults, translate
 from xtrain.spec.reader import Document, Unreadable, read_file
@@ -69,10 +70,12 @@ def _examine(
     found = [*document.problems, *changes.problems]
     faults = find_faults(data)
     spec, unsound = sound_part(data, faults, [problem.path for problem in found])
+    refused = list(_asked(backend, spec, world, unsound))
+    keys = [problem.path for problem in refused if problem.path]
     for later in (
         translate(faults, data),
-        check_spec(spec, world, unsound),
-        _asked(backend, spec, world, unsound),
+        refused,  # what is refused anyway is not asked for more
+        [problem for problem in check_spec(spec, world, unsound) if covering(problem.path, keys) is None],
         _overridden(spec, world, unsound),
     ):
         told = {problem.path for problem in found}
