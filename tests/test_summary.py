@@ -65,7 +65,7 @@ def test_a_step_s_categories_are_those_of_the_fullest_rank_at_each_place() -> No
 
 def test_a_failure_and_skipped_steps_are_shown_on_one_line() -> None:
     steps = [*sample_steps(2), StepRecord(3, float("nan"), 1e-3, None, 10, 0.1, True)]
-    found = rows(steps=steps, status="failed", failure="disk\nfull")
+    found = rows(steps=steps, status="failed", failure="disk full\nwhat to do")
     assert found["run"] == "failed after 3 steps (1 skipped) on cpu, 1 process: disk full"
     assert found["loss"].startswith("4.6475 -> not finite (lowest")
 

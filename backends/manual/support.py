@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import Problem
 from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
-from xtrain.techniques.compiled import compile_notes, compile_problems
+from xtrain.techniques.compiled import compile_problems
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
