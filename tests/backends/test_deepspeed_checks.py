@@ -147,7 +147,7 @@ def test_check_tells_all_that_is_impossible_at_once_and_starts_no_process(
     assert done.exit_code == 2
     for place, told in {
         "3:17": "batch.global: found 8, expected a multiple of micro (2) x processes (3) = 6",
-        "8:25": "memory.offload.parameters: found nvme with sharding gradients, expected memory.sharding",
+        "8:25": "memory.offload.parameters: found nvme, DeepSpeed swaps to a drive at stage 3 only; set",
         "8:46": "memory.offload.parameters.path: found /no/such/drive, no such folder here",
         "10:21": "deepspeed.gradient_cliping: found 1.0, unknown to DeepSpeed; did you mean 'gradient_cl",
         "11:30": "deepspeed.zero_optimization.stage: found 3, expected 2, from memory.sharding",
