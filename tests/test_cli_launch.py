@@ -80,11 +80,29 @@ def test_deepspeed_gets_one_command_and_is_told_to_add_no_option_of_its_own(tmp_
         (["--slurm", "--out", "a"], "where to? Give either --hosts FILE or --slurm"),
         (["--nproc", "3", "--out", "a"], "--nproc 3 contradicts "),
         (["--set", "batch.global=6", "--out", "a"], "--set batch.global=6"),
+        (
+            ["--with", "deepspeed", "--max-restarts", "2", "--out", "a"],
+            "the deepspeed launcher restarts nothing",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
     result = launch(tmp_path, *words)
     assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nproc", "4", "--out", "a"], "--slurm needs --nodes, the number of hosts"),
+        (["--nproc", "4", "--nodes", "3", "--out", "a"], "4 processes on 3 nodes: expected a multiple of 3"),
+        (["--nproc", "4", "--nodes", "2"], "needs --out, a folder that all of them see"),
+    ],
+)
+def test_a_script_that_could_not_run_is_not_written(tmp_path: Path, words: list[str], message: str) -> None:
+    result = launch(tmp_path, "--slurm", *words, hosts=None)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
 
 

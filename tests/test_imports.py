@@ -105,3 +105,15 @@ def test_names_in_the_file_cannot_break_out_of_a_comment(tmp_path: Path) -> None
     assert done.exit_code == 0
     assert "\ntrain: {steps" not in done.stdout
     assert "\ny: 1" not in done.stdout
+
+
+def test_a_config_that_is_only_named_in_the_arguments_is_not_carried(tmp_path: Path) -> None:
+    done = import_text(tmp_path, '{"learning_rate": 1e-4, "deepspeed": "ds.json"}')
+    assert done.exit_code == 0
+    assert "not carried: deepspeed: ds.json: not read; import it with --arguments config.json" in done.stderr
+
+
+def test_arguments_beside_arguments_are_refused(tmp_path: Path) -> None:
+    done = import_text(tmp_path, '{"learning_rate": 1e-4}', "--arguments", str(tmp_path / "config.json"))
+    assert done.exit_code == 2
+    assert "already TrainingArguments; --arguments goes with a config" in done.stderr

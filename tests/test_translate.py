@@ -87,3 +87,18 @@ def test_a_backend_without_a_config_says_so(spec: Path, backend: str) -> None:
     assert done.exit_code == 2
     assert f"backend '{backend}' has no config to translate a spec to" in done.stderr
     assert "deepspeed" in done.stderr
+
+
+@pytest.mark.parametrize("elsewhere", ["model.init_from", "data.path"])
+def test_what_only_another_machine_has_is_no_reason_to_refuse(spec: Path, elsewhere: str) -> None:
+    words = [
+        "--set",
+        "data.source=text",
+        "--set",
+        "data.path=texts/*.txt",
+        "--set",
+        "model.init_from=weights",
+    ]
+    assert translate(spec, *words).exit_code == 0
+    checked = CliRunner().invoke(main, ["check", str(spec), *words])
+    assert f"{elsewhere}: found " in checked.stderr

@@ -23,7 +23,7 @@ def translate_file(
     Raises SpecError for what the backend, or a standalone config, cannot honour.
     """
     backend = find_translator(name)
-    spec = load_spec(path, overrides, world, elsewhere(registry.load(backend.name)))
+    spec = load_spec(path, overrides, world, elsewhere(registry.load(backend.name)), here=False)
     processes = world or spec.launch.processes
     if not standalone:
         return spec, backend.translation(spec, processes)

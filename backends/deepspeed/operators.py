@@ -32,8 +32,8 @@ def announce(names: Collection[str], installed: Collection[str], say: Callable[[
     if missing:
         where = os.environ.get("TORCH_EXTENSIONS_DIR") or _default_root()
         say(
-            f"DeepSpeed now compiles {' and '.join(missing)} into {where}: "
-            "about half a minute each, once for this Python and torch"
+            f"DeepSpeed now compiles {' and '.join(missing)} into {where}, once for this Python and torch; "
+            "that usually takes half a minute each"
         )
 
 

@@ -30,8 +30,8 @@ def said(names: list[str], installed: tuple[str, ...] = ()) -> list[str]:
 
 def test_what_is_not_compiled_yet_is_announced_in_one_line(folder: Path) -> None:
     assert said([SHARED_MEMORY, FILES]) == [
-        f"DeepSpeed now compiles deepspeed_shm_comm and async_io into {folder}: about half a minute each, "
-        "once for this Python and torch"
+        f"DeepSpeed now compiles deepspeed_shm_comm and async_io into {folder}, once for this Python and "
+        "torch; that usually takes half a minute each"
     ]
 
 

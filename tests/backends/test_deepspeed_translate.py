@@ -184,3 +184,17 @@ print(sorted({{"torch", "deepspeed", "numpy"}} & sys.modules.keys()))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_buckets_and_what_is_gathered_follow_from_the_hidden_size() -> None:
+    sharded = {"memory": {"sharding": "parameters"}}
+    small, large = (
+        translated(1, model={"preset": "gpt2", "hidden": hidden, "heads": 8}, **sharded)["zero_optimization"]
+        for hidden in (1024, 2048)
+    )
+    block = 12 * 1024**2 + 13 * 1024
+    assert small["reduce_bucket_size"] == small["stage3_prefetch_bucket_size"] == block
+    assert small["stage3_param_persistence_threshold"] == 4 * 1024
+    sizes = [key for key in small if key.endswith(("_size", "_distance", "_parameters", "_threshold"))]
+    assert len(sizes) == 6
+    assert all(large[key] > small[key] for key in sizes)

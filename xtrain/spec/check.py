@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeAlias
 
 from xtrain.contract import Problem
-from xtrain.spec.check_inputs import data_problems, fit_problems, model_problems
+from xtrain.spec.check_inputs import data_paths, data_problems, fit_problems, model_paths, model_problems
 from xtrain.spec.check_memory import group_problems, loss_problems, memory_problems, placement_problems
 from xtrain.spec.keys import changed_keys, printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
@@ -19,15 +20,18 @@ from xtrain.spec.tree import WSD, Launch, Spec
 DYNAMIC_SCALE_KEYS = ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
 
 
-def check_spec(spec: Spec, world: int | None = None, unsound: Collection[str] = ()) -> list[Problem]:
+def check_spec(
+    spec: Spec, world: int | None = None, unsound: Collection[str] = (), here: bool = True
+) -> list[Problem]:
     """Every problem across the keys of `spec`, for `world` processes (default: launch.processes).
 
-    Sections named in `unsound` are not as given: checks that read one of them are left out. Paths are
-    looked for from the current directory. Nothing is raised, and no marks are attached.
+    Sections named in `unsound` are not as given: checks that read one of them are left out. If it is to run
+    `here`, paths are looked for from the current directory. Nothing is raised, and no marks are attached.
     """
     if world is not None:
         spec = spec.model_copy(update={"launch": Launch(processes=world)})
-    return [problem for check, reads in CHECKS if reads.isdisjoint(unsound) for problem in check(spec)]
+    checks = (*CHECKS, *CHECKS_HERE) if here else CHECKS
+    return [problem for check, reads in checks if reads.isdisjoint(unsound) for problem in check(spec)]
 
 
 def batch_problems(spec: Spec, world: int) -> Iterator[Problem]:
@@ -136,7 +140,8 @@ def _unused(spec: Spec, section: str, keys: Sequence[str], expected: str, neares
             yield Problem(path, printed(changed[path]), expected, nearest)
 
 
-CHECKS: tuple[tuple[Callable[[Spec], Iterator[Problem]], frozenset[str]], ...] = (
+Checks: TypeAlias = "tuple[tuple[Callable[[Spec], Iterator[Problem]], frozenset[str]], ...]"
+CHECKS: Checks = (
     (model_problems, frozenset({"model"})),
     (data_problems, frozenset({"data"})),
     (fit_problems, frozenset({"model", "data"})),
@@ -152,3 +157,8 @@ CHECKS: tuple[tuple[Callable[[Spec], Iterator[Problem]], frozenset[str]], ...] =
     (_stability, frozenset({"stability", "train"})),
 )
 """Each check with the sections that it reads."""
+CHECKS_HERE: Checks = (
+    (model_paths, frozenset({"model"})),
+    (data_paths, frozenset({"data"})),
+)
+"""Those that look at this machine."""

@@ -17,6 +17,7 @@ from xtrain.spec.nearest import divisors, either, multiples, neighbours
 from xtrain.spec.tree import Spec
 
 MODEL_KINDS = ("preset", "factory", "hf")
+SOURCES_WITH_FILES = ("text", "tokens")
 FACTORY_FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -24,16 +25,26 @@ def model_problems(spec: Spec) -> Iterator[Problem]:
     yield from _model_kind(spec)
     yield from _model_keys(spec)
     yield from _factory(spec)
-    yield from _hugging_face(spec)
     yield from _heads(spec)
-    yield from _initial_weights(spec)
 
 
 def data_problems(spec: Spec) -> Iterator[Problem]:
-    """Paths are looked for from the current directory."""
     yield from _source(spec)
     yield from _data_keys(spec)
     yield from _data_path(spec)
+
+
+def model_paths(spec: Spec) -> Iterator[Problem]:
+    """What is not on this machine; paths are looked for from the current directory."""
+    yield from _hugging_face(spec)
+    yield from _initial_weights(spec)
+
+
+def data_paths(spec: Spec) -> Iterator[Problem]:
+    """What is not on this machine; paths are looked for from the current directory."""
+    if spec.data.source in SOURCES_WITH_FILES:
+        for pattern in _patterns(spec):
+            yield from _missing_file(pattern)
 
 
 def fit_problems(spec: Spec) -> Iterator[Problem]:
@@ -149,16 +160,16 @@ def _data_path(spec: Spec) -> Iterator[Problem]:
         if path is not None:
             nearest = "leave it out, or use data.source text"
             yield Problem("data.path", printed(path), f"expected none with data.source {source}", nearest)
-    elif source in ("text", "tokens"):
-        if not path:
-            expected = f"expected a file, a list of files or a glob: data.source {source} needs one"
-            yield Problem("data.path", "", expected, "or use data.source stdlib, which needs none")
-            return
-        patterns = [path] if isinstance(path, str) else path
-        for pattern in patterns:
-            yield from _missing_file(pattern)
-        if source == "tokens":
-            yield from _token_file(patterns)
+    elif source in SOURCES_WITH_FILES and not path:
+        expected = f"expected a file, a list of files or a glob: data.source {source} needs one"
+        yield Problem("data.path", "", expected, "or use data.source stdlib, which needs none")
+    elif source == "tokens":
+        yield from _token_file(_patterns(spec))
+
+
+def _patterns(spec: Spec) -> list[str]:
+    path = spec.data.path or []
+    return [path] if isinstance(path, str) else path
 
 
 def _missing_file(pattern: str) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,18 +28,34 @@ class Judge(Protocol):
     def problems(self, spec: Spec, world: int) -> list[Problem]: ...
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a spec beside itself."""
+
+    world: int | None
+    """Number of processes; None: launch.processes."""
+    backend: Judge | None
+    here: bool
+    """Whether it is to run on this machine."""
+
+
 def load_spec(
-    path: Path, overrides: Sequence[str] = (), world: int | None = None, backend: Judge | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    world: int | None = None,
+    backend: Judge | None = None,
+    here: bool = True,
 ) -> Spec:
     """Read, validate and check the spec at `path`, with each of `overrides` ("train.steps=20") applied.
 
     `world` is the number of processes where it is not launch.processes; `backend` is asked too where it is
-    given. SpecError has every problem.
+    given. Paths in it are looked for if it is to run `here`. SpecError has every problem.
     """
     document = _read(path)
-    spec, problems = _examine(document, overrides, world, backend)
+    question = Question(world, backend, here)
+    spec, problems = _examine(document, overrides, question)
     if problems:
-        blamed = _blame(problems, document, overrides, world, backend)
+        blamed = _blame(problems, document, overrides, question)
         source = f"{path}, on backend {backend.name}," if backend else str(path)
         raise SpecError(source, sorted(blamed, key=_order))
     return spec
@@ -61,21 +77,21 @@ def _read(path: Path) -> Document:
         raise SpecError(str(path), [error.problem]) from error
 
 
-def _examine(
-    document: Document, overrides: Sequence[str], world: int | None, backend: Judge | None
-) -> tuple[Spec, list[Problem]]:
+def _examine(document: Document, overrides: Sequence[str], question: Question) -> tuple[Spec, list[Problem]]:
     """The spec, of which only what is sound is as given, and its problems: one for each key."""
+    world = question.world
     data, changes = deepcopy(document.data), Overrides()
     changes.apply(data, overrides)
     found = [*document.problems, *changes.problems]
     faults = find_faults(data)
     spec, unsound = sound_part(data, faults, [problem.path for problem in found])
-    refused = list(_asked(backend, spec, world, unsound))
+    refused = list(_asked(question.backend, spec, world, unsound))
     keys = [problem.path for problem in refused if problem.path]
+    checked = check_spec(spec, world, unsound, question.here)
     for later in (
         translate(faults, data),
         refused,  # what is refused anyway is not asked for more
-        [problem for problem in check_spec(spec, world, unsound) if covering(problem.path, keys) is None],
+        [problem for problem in checked if covering(problem.path, keys) is None],
         _overridden(spec, world, unsound),
     ):
         told = {problem.path for problem in found}
@@ -103,14 +119,13 @@ def _blame(
     problems: Sequence[Problem],
     document: Document,
     overrides: Sequence[str],
-    world: int | None,
-    backend: Judge | None,
+    question: Question,
 ) -> list[Problem]:
     """The problems; those that would not be there without an override name it instead of a line."""
     causes: dict[Problem, list[str]] = {problem: [] for problem in problems if not problem.origin}
     for override in overrides:
         others = [other for other in overrides if other != override]
-        there_anyway = _examine(document, others, world, backend)[1]
+        there_anyway = _examine(document, others, question)[1]
         for problem in causes:
             if problem not in there_anyway:
                 causes[problem].append(f"--set {override}")
