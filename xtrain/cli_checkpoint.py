@@ -16,7 +16,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="As JSON on standard
 
 @click.group()
 def checkpoint() -> None:
-    """List, inspect, verify, prune and export checkpoints. PATH is a run directory or one checkpoint."""
+    """List, inspect, verify, prune, export, import checkpoints. PATH is a run directory or a checkpoint."""
 
 
 @checkpoint.command("ls")
@@ -98,14 +98,15 @@ def prune(path: Path, keep: int, aside: bool, as_json: bool) -> None:
 
 @checkpoint.command()
 @PATH
-@click.option("--to", "form", type=click.Choice(["safetensors", "hf"]), required=True)
+@click.option("--to", "form", type=click.Choice(["safetensors", "hf", "ds-universal"]), required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make; must be new.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @JSON
 def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
-    """Write the weights at PATH for other programs: one merged file, or a folder that Hugging Face loads.
+    """Write what is at PATH for other programs.
 
-    With --to hf the written model is loaded by the library and must compute what ours does.
+    The weights in one merged file, or as a folder that Hugging Face loads (it is loaded, and must compute
+    what ours does); or weights and moments as a universal checkpoint of DeepSpeed's.
     """
     from xtrain.checkpoints.export import export as write
     from xtrain.checkpoints.inventory import newest
@@ -115,8 +116,45 @@ def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
     written = write(found, form, dtype, out)
     if as_json:
         facts = {"path": str(written.path), "bytes": written.bytes, "difference": written.difference}
-        click.echo(json.dumps({**facts, "step": found.step}, indent=2))
+        click.echo(json.dumps({**facts, "step": found.step, "notes": list(written.notes)}, indent=2))
         return
     click.echo(f"wrote step {found.step} to {written.path}: {format_bytes(written.bytes)}, {dtype}")
     if written.difference is not None:
         click.echo(f"loaded by transformers: outputs within {written.difference:.1e} of ours")
+    for note in written.notes:
+        click.echo(f"not carried: {note}")
+
+
+@checkpoint.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--from", "form", type=click.Choice(["hf", "deepspeed", "ds-universal"]), required=True)
+@click.option("--spec", "spec_path", required=True, type=click.Path(path_type=Path), help="Of the training.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=YAML", help="Change the spec; may be repeated."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@JSON
+def import_(
+    source: Path, form: Any, spec_path: Path, overrides: tuple[str, ...], out: Path, as_json: bool
+) -> None:
+    """Make a checkpoint of ours from another program's folder SOURCE, for runs of the spec to go on from.
+
+    Weights by name, and from DeepSpeed the optimizer's moments too. Pickles are read as data: one that holds
+    anything but tensors, numbers and what DeepSpeed is known to put there is refused.
+    """
+    from xtrain.checkpoints.foreign import import_state
+    from xtrain.spec import load_spec
+
+    found = import_state(source, form, load_spec(spec_path, overrides), out)
+    if as_json:
+        facts = {
+            "path": str(found.checkpoint.path),
+            "step": found.checkpoint.step,
+            "notes": list(found.notes),
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"wrote step {found.checkpoint.step} to {found.checkpoint.path}")
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"go on with: xtrain run {spec_path} --resume {found.directory}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
@@ -35,6 +36,15 @@ def load(name: str) -> Backend:
     except ImportError as missing:
         needs = f"needs {missing.name}" if missing.name else f"cannot be imported ({missing})"
         raise BackendError(f"backend {name!r} {needs}; install xtrain[{name}]") from missing
+
+
+def loadable() -> dict[str, Backend]:
+    """Every registered backend that can be loaded; `survey` says why the others cannot."""
+    found = {}
+    for name in names():
+        with suppress(BackendError):
+            found[name] = load(name)
+    return found
 
 
 def survey() -> dict[str, Availability]:

@@ -103,17 +103,8 @@ def placed(tree: Tree, values: Mapping[str, Any]) -> None:
 def translators() -> dict[str, Translator]:
     """Every backend that can be loaded and has a config of its own."""
     from xtrain import registry
-    from xtrain.errors import BackendError
 
-    found: dict[str, Translator] = {}
-    for name in registry.names():
-        try:
-            backend: object = registry.load(name)
-        except BackendError:
-            continue  # `xtrain backends` says why
-        if isinstance(backend, Translator):
-            found[name] = backend
-    return found
+    return {name: found for name, found in registry.loadable().items() if isinstance(found, Translator)}
 
 
 class Elsewhere:

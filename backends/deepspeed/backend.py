@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
@@ -17,6 +18,8 @@ from .translate import declared_settings, engine_settings, translate
 from .zero import stage_of
 
 if TYPE_CHECKING:
+    from xtrain.checkpoints.foreign import ForeignState
+    from xtrain.checkpoints.format import Checkpoint
     from xtrain.spec.tree import Spec
 
     from .engine import DeepSpeedEngine
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 class DeepSpeedBackend:
     name = "deepspeed"
+    readable_forms = ("deepspeed", "ds-universal")
+    writable_forms = ("ds-universal",)
 
     def probe(self) -> Availability:
         return probe()
@@ -60,6 +65,16 @@ class DeepSpeedBackend:
         self, config: Mapping[str, Any], world: int | None, arguments: Mapping[str, Any] | None
     ) -> Imported:
         return import_config(config, world, arguments)
+
+    def open_state(self, folder: Path, form: str) -> ForeignState:
+        from .stored import open_state
+
+        return open_state(folder, form)
+
+    def write_state(self, checkpoint: Checkpoint, form: str, folder: Path) -> Sequence[str]:
+        from .universal import write_universal
+
+        return write_universal(checkpoint, folder)
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
         prepare()

@@ -1,4 +1,4 @@
-"""A checkpoint's weights for other programs: one safetensors file, or a folder that Hugging Face loads.
+"""A checkpoint for other programs: weights in one file, a folder for Hugging Face, or a library's own form.
 
 Tensors pass one at a time. The folder gets its name only when all is written and, for Hugging Face, when the
 library's model was loaded from it and computes what ours does.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from xtrain.models.library import LibraryForm
 
+Form: TypeAlias = Literal["safetensors", "hf", "ds-universal"]
 Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WEIGHTS_FILE = "model.safetensors"
@@ -35,28 +36,25 @@ class Exported:
 
     path: Path
     bytes: int
-    difference: float | None
+    difference: float | None = None
     """Largest, relative to the largest value; None where there was nothing to compare."""
+    notes: Sequence[str] = ()
+    """What the form cannot carry."""
 
 
-def export(checkpoint: Checkpoint, form: Literal["safetensors", "hf"], dtype: Dtype, out: Path) -> Exported:
-    """Write the weights of a checkpoint, every byte of which was checked, into the new folder `out`.
+def export(checkpoint: Checkpoint, form: Form, dtype: Dtype, out: Path) -> Exported:
+    """Write a checkpoint, every byte of which was checked, into the new folder `out`.
 
     Raises RequestError when `out` holds anything or the model is not one of Hugging Face's, RunFailed when it
     cannot be written or the written model computes something else.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out} is there already; choose another --out")
-    spec = Spec.model_validate(checkpoint.state().spec)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
-    difference = None
     try:
         partial.mkdir(parents=True)
-        if form == "safetensors":
-            _write(checkpoint.reader(), partial / WEIGHTS_FILE, dtype, lambda name, tensor: (name, tensor))
-        else:
-            difference = _write_library_form(checkpoint, spec, partial, dtype)
-        size = sum(file.stat().st_size for file in partial.iterdir())
+        told = _WRITERS[form](checkpoint, partial, dtype)
+        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -64,7 +62,7 @@ def export(checkpoint: Checkpoint, form: Literal["safetensors", "hf"], dtype: Dt
         raise RunFailed(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(out, size, difference)
+    return replace(told, path=out, bytes=size)
 
 
 Convert: TypeAlias = "Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]"
@@ -90,12 +88,17 @@ def _write(reader: Reader, file: Path, dtype: Dtype, convert: Convert) -> None:
         opened.write_header()
 
 
-def _write_library_form(checkpoint: Checkpoint, spec: Spec, folder: Path, dtype: Dtype) -> float:
-    """Config and weights; returns how far the library's model is from ours, RunFailed when it is too far."""
+def _write_merged(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> Exported:
+    _write(checkpoint.reader(), folder / WEIGHTS_FILE, dtype, lambda name, tensor: (name, tensor))
+    return Exported(folder, 0)
+
+
+def _write_library_form(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> Exported:
+    """Config and weights; RunFailed when the library's model is too far from ours."""
     from xtrain.models.library import TOLERANCE, library_form
 
-    vocabulary = _vocabulary(checkpoint.reader())
-    form: LibraryForm = library_form(spec, vocabulary)
+    spec = Spec.model_validate(checkpoint.state().spec)
+    form: LibraryForm = library_form(spec, _vocabulary(checkpoint.reader()))
     form.write_config(folder, TORCH_NAMES[dtype])
     _write(checkpoint.reader(), folder / WEIGHTS_FILE, dtype, form.convert)
     difference = form.difference(checkpoint.reader(), folder, TORCH_NAMES[dtype])
@@ -104,7 +107,24 @@ def _write_library_form(checkpoint: Checkpoint, spec: Spec, folder: Path, dtype:
             f"the exported model does not compute what ours does: its outputs differ by {difference:.1e}, "
             f"expected at most {TOLERANCE:.0e}; nothing was written. This is a fault: please report it"
         )
-    return difference
+    return Exported(folder, 0, difference)
+
+
+def _write_universal(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> Exported:
+    """Moments too, so it is a training state, in fp32."""
+    from xtrain.checkpoints.foreign import keeper_of
+
+    if dtype != "fp32":
+        raise RequestError(f"--dtype {dtype}: a universal checkpoint has fp32 weights; leave --dtype out")
+    form = "ds-universal"
+    return Exported(folder, 0, notes=keeper_of(form, writes=True).write_state(checkpoint, form, folder))
+
+
+_WRITERS: dict[Form, Callable[[Checkpoint, Path, Dtype], Exported]] = {
+    "safetensors": _write_merged,
+    "hf": _write_library_form,
+    "ds-universal": _write_universal,
+}
 
 
 def _vocabulary(reader: Reader) -> int:

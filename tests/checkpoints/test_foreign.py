@@ -1,0 +1,209 @@
+"""Other programs' files: what is in them by name, and nothing that is in them is run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from tests.small_runs import SPEC, checkpoints, run, steps
+from xtrain.checkpoints.foreign import matched
+from xtrain.checkpoints.format import complete_checkpoints
+from xtrain.cli import main
+from xtrain.contract import StateKind
+
+
+def import_(folder: Path, source: Path, form: str = "ds-universal", *words: str) -> Result:
+    (folder / "spec.yaml").write_text(SPEC)
+    command = ["checkpoint", "import", str(source), "--from", form, "--spec", str(folder / "spec.yaml")]
+    return CliRunner().invoke(main, [*command, "--out", str(folder / "new"), *words], catch_exceptions=False)
+
+
+@pytest.fixture
+def universal(tmp_path: Path) -> Path:
+    """A universal checkpoint after 4 updates, which we wrote ourselves."""
+    assert run(tmp_path, "--out", tmp_path / "out", "--stop-after", 4, backend="cpu").exit_code == 0
+    words = ["checkpoint", "export", str(tmp_path / "out"), "--to", "ds-universal"]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "universal")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return tmp_path / "universal"
+
+
+def test_what_was_exported_is_imported_to_the_last_bit_and_goes_on(tmp_path: Path, universal: Path) -> None:
+    result = import_(tmp_path, universal)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1].endswith(f"--resume {tmp_path / 'new'}")
+    (before,) = complete_checkpoints(tmp_path / "out" / "checkpoints")
+    (after,) = complete_checkpoints(tmp_path / "new" / "checkpoints")
+    after.check(hashes=True)
+    kinds: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+    for name in before.reader().keys("weight"):
+        for kind in kinds:
+            one, other = before.reader().read(name, kind), after.reader().read(name, kind)
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+    assert after.state().extras[0]["optimizer_steps"] == before.state().extras[0]["optimizer_steps"] == 4
+    assert run(tmp_path, "--resume", tmp_path / "new", backend="cpu").exit_code == 0
+    assert steps(tmp_path / "new") == list(range(5, 13))
+    assert checkpoints(tmp_path / "new") == [4, 8, 12]
+
+
+def test_what_a_form_cannot_carry_is_said(tmp_path: Path, universal: Path) -> None:
+    words = ["checkpoint", "export", str(tmp_path / "out"), "--to", "ds-universal", "--json"]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "again")], catch_exceptions=False)
+    assert (
+        "random states, guards and the position in the data: xtrain's own"
+        in json.loads(result.stdout)["notes"]
+    )
+    result = CliRunner().invoke(main, [*words, "--dtype", "bf16", "--out", str(tmp_path / "third")])
+    assert result.exit_code == 2
+    assert "a universal checkpoint has fp32 weights" in result.stderr
+
+
+class Runs:
+    """A pickle that makes a file when it is read by those who run what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(
+    tmp_path: Path, universal: Path
+) -> None:
+    (file,) = universal.glob("*/zero/head.norm.weight/exp_avg.pt")
+    torch.save({"param": torch.ones(32), "more": Runs(tmp_path / "ran")}, file)
+    result = import_(tmp_path, universal)
+    assert result.exit_code == 2
+    assert f"{file} is refused: it holds more than tensors" in result.stderr
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_weight_and_a_wrong_shape_are_named_and_nothing_is_made(
+    tmp_path: Path, universal: Path
+) -> None:
+    (place,) = universal.glob("*/zero/head.norm.weight")
+    torch.save({"param": torch.ones(7)}, place / "fp32.pt")
+    result = import_(tmp_path, universal)
+    assert result.exit_code == 2
+    assert "weight of head.norm.weight: found (7,), expected (32,)" in result.stderr
+    place.rename(place.with_name("head.other.weight"))
+    result = import_(tmp_path, universal)
+    assert result.exit_code == 2
+    assert "it has no weights of head.norm.weight (1 of " in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tag", ["../out", "/etc", "missing", ""])
+def test_a_pointer_leads_to_a_folder_beside_it_or_nowhere(tmp_path: Path, universal: Path, tag: str) -> None:
+    (universal / "latest_universal").write_text(tag)
+    result = import_(tmp_path, universal)
+    assert result.exit_code == 2
+    assert "expected a folder beside it" in result.stderr
+
+
+def test_the_other_form_is_proposed(tmp_path: Path, universal: Path) -> None:
+    (tag,) = universal.glob("global_step*")
+    result = import_(tmp_path, tag, "deepspeed")
+    assert result.exit_code == 2
+    assert "found a universal checkpoint; try --from ds-universal" in result.stderr
+    assert import_(tmp_path, tmp_path / "nowhere", "deepspeed").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (["a.b"], ["a.b"]),
+        (["model.a.b"], ["a.b"]),
+        (["a.b"], ["module.a.b"]),
+        (["model.a.b"], ["module.a.b"]),
+    ],
+)
+def test_wrappers_change_names_at_the_front_alone(ours: list[str], theirs: list[str]) -> None:
+    assert [matched(ours, theirs)(name) for name in ours] == theirs
+
+
+def as_deepspeed_names_it(monkeypatch: pytest.MonkeyPatch, module: str, name: str, **values: Any) -> Any:
+    """An object whose pickle says that it is DeepSpeed's."""
+    made = type(name, (), {"__module__": module, "__qualname__": name})
+    parts = module.split(".")
+    for length in range(1, len(parts) + 1):  # the library itself is not imported: that takes seconds
+        full = ".".join(parts[:length])
+        monkeypatch.setitem(sys.modules, full, types.ModuleType(full))
+    setattr(sys.modules[module], name, made)
+    one = made()
+    vars(one).update(values)
+    return one
+
+
+def test_a_dynamic_loss_scale_is_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.deepspeed.stored import open_state
+
+    scaler = as_deepspeed_names_it(
+        monkeypatch,
+        "deepspeed.runtime.fp16.loss_scaler",
+        "DynamicLossScaler",
+        cur_scale=1024.0,
+        cur_hysteresis=1,
+        cur_iter=9,
+        last_overflow_iter=4,
+    )
+    rank = {
+        "loss_scaler": scaler,
+        "partition_count": 1,
+        "fp32_flat_groups": [torch.arange(6.0)],
+        "optimizer_state_dict": {"state": {0: {"step": 3, "exp_avg": torch.ones(6)}}, "param_groups": []},
+    }
+    torch.save({"optimizer_state_dict": rank}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    model = {
+        "global_steps": 9,
+        "param_shapes": [{"a": torch.Size([2, 2]), "b": torch.Size([2])}],
+        "module": {},
+    }
+    torch.save(model, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    found = open_state(tmp_path, "deepspeed")
+    assert found.loss_scaler == {"scale": 1024.0, "hysteresis": 1, "steps": 9, "last_overflow": 4}
+    assert (found.step, found.optimizer_steps) == (9, 3)
+    second = found.read("b", "weight")
+    assert second is not None
+    assert second.tolist() == [4.0, 5.0]
+    assert found.read("b", "exp_avg_sq") is None
+
+
+def test_a_folder_of_hugging_faces_form_becomes_step_0(tmp_path: Path) -> None:
+    assert run(tmp_path, "--out", tmp_path / "out", "--stop-after", 4, backend="cpu").exit_code == 0
+    refused = import_(tmp_path, tmp_path / "out", "hf")
+    assert refused.exit_code == 2
+    assert f"{tmp_path / 'out'} has no config.json; expected a folder that" in refused.stderr
+    words = [
+        "checkpoint",
+        "export",
+        str(tmp_path / "out"),
+        "--to",
+        "safetensors",
+        "--out",
+        str(tmp_path / "hf"),
+    ]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    result = import_(tmp_path, tmp_path / "hf", "hf")
+    assert result.exit_code == 0, result.output
+    (before,) = complete_checkpoints(tmp_path / "out" / "checkpoints")
+    (after,) = complete_checkpoints(tmp_path / "new" / "checkpoints")
+    assert after.step == 0
+    stored, found = (one.reader().read("head.norm.weight", "weight") for one in (before, after))
+    assert stored is not None
+    assert found is not None
+    assert torch.equal(found, stored)
+    assert after.reader().keys("exp_avg") == []
+    assert run(tmp_path, "--resume", tmp_path / "new", backend="cpu").exit_code == 0
