@@ -1,78 +1,52 @@
 """Does `xtrain plan` predict what a step takes? `python -m benchmarks.plan_accuracy`.
 
-Each case is a model, a shape of batch and a set of techniques. One engine takes two steps in this process
-on the CPU; the second is taken under the ledger (xtrain/ledger.py), which counts every live tensor by
-category. Predicted and measured are then the bytes at the step's peak.
+Each case is a model, a shape of batch and a set of techniques, on the CPU. An engine takes two steps; the
+second is taken under the ledger (xtrain/ledger.py), which counts every live tensor by category. Predicted
+and measured are the bytes of one process at the step's peak, each place by itself. Cases with 2 processes
+run DeepSpeed on gloo; "simulated" is an accelerator made for tests, whose tensors cannot be the host's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.plan_cases import SIMULATED, Case, cases
+from benchmarks.plan_measure import measure
 from xtrain import registry
-from xtrain.contract import MEMORY_CATEGORIES, Job, StepInput
-from xtrain.data import open_data
-from xtrain.ledger import Ledger
+from xtrain.contract import MEMORY_CATEGORIES, ByPlace
+from xtrain.launch import start_workers
 from xtrain.machine import environment
-from xtrain.models.presets import dimensions
-from xtrain.models.source import model_source
-from xtrain.plan.step import Step
+from xtrain.plan.layout import HOST, Height, Layout, peaks
+from xtrain.plan.step import Step, preset_step
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 RESULTS = Path(__file__).parent / "results"
-BF16_WEIGHTS = {"dtype": "bf16", "weights": "bf16"}
-
-
-@dataclass(frozen=True)
-class Case:
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
-    seq_len: int = 128
-    micro: int = 4
-    accumulation: int = 2
-    vocab_size: int = 257
-    precision: Any = "fp32"
-    checkpointing: Any = "none"
-    loss_chunk: Any = "auto"
-
-    def spec(self) -> Spec:
-        return Spec.model_validate(
-            {
-                "model": {
-                    "preset": "gpt2-nano",
-                    "layers": self.layers,
-                    "hidden": self.hidden,
-                    "heads": self.heads,
-                    "vocab_size": self.vocab_size,
-                },
-                "data": {"source": "synthetic", "seq_len": self.seq_len, "tokens": 200_000},
-                "batch": {"global": self.micro * self.accumulation, "micro": self.micro},
-                "train": {"steps": 4},
-                "optimizer": {"name": "adamw", "lr": 1e-3},
-                "precision": self.precision,
-                "memory": {"checkpointing": self.checkpointing, "loss_chunk": self.loss_chunk},
-            }
-        )
+NEGLIGIBLE = 0.05
+"""Of all that a case holds: places with less are not compared."""
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """One place of one case."""
+
     case: Case
+    place: str
     predicted: Mapping[str, int]
     measured: Mapping[str, int]
     at: str
-    """The height that was predicted to be the peak."""
+    """The moment that was predicted to be the peak."""
 
     @property
     def error(self) -> float:
@@ -80,65 +54,78 @@ class Outcome:
         return sum(self.predicted.values()) / sum(self.measured.values()) - 1
 
 
-def cases() -> Iterator[Case]:
-    for precision in ("fp32", "bf16", BF16_WEIGHTS):
-        for checkpointing in (
-            "none",
-            "auto",
-            {"every": 1},
-            {"every": 3},
-            {"number": 3},
-            {"selective": {"ratio": 0.5}},
-            {"selective": {"ops": "cheap"}},
-        ):
-            yield Case(layers=6, precision=precision, checkpointing=checkpointing)
-        for loss_chunk in ("auto", "none", 64):
-            yield Case(vocab_size=4000, loss_chunk=loss_chunk, precision=precision)
-        yield Case(accumulation=1, precision=precision)
-        yield Case(seq_len=512, micro=1, precision=precision)
-        yield Case(seq_len=32, micro=16, precision=precision)
-        yield Case(layers=2, hidden=256, heads=8, precision=precision)
-        yield Case(layers=12, hidden=64, heads=2, micro=8, precision=precision)
-        yield Case(layers=2, vocab_size=50_257, micro=1, precision=precision)
+def predict(case: Case) -> Mapping[str, Height]:
+    """By place, of one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = case.spec(Path(folder))
+        step = _step(spec, case)
+    return peaks(step, _layout(spec, case))
 
 
-def measure(case: Case) -> Outcome:
-    """Two steps on the CPU, the second one counted."""
-    spec = case.spec()
-    data = open_data(spec, show_progress=False)
-    backend = registry.load("cpu")
-    engine = backend.start(backend.resolve(spec, 1), model_source(spec, data.vocab_size), Job())
+def _step(spec: Spec, case: Case) -> Step:
+    if case.hf is None:
+        return preset_step(spec, case.accumulation)
+    from xtrain.plan.traced import Tracer
 
-    def step(number: int) -> StepInput:
-        batches = data.micro_batches(number, 0, 1)
-        return StepInput(number, batches, 1e-3, data.target_tokens(number))
-
-    try:
-        engine.train_step(step(0), None, NullTrace())
-        ledger = Ledger(engine.holdings)
-        with ledger.open():
-            engine.train_step(step(1), None, ledger)
-        (measured,) = ledger.peaks.values()
-    finally:
-        engine.close()
-    peak = Step(spec, dimensions(spec), case.accumulation).peak
-    return Outcome(case, dict(peak.bytes), measured, peak.name)
+    return Step(spec, Tracer(spec)(spec), case.accumulation)
 
 
-def report(outcomes: list[Outcome]) -> str:
-    errors = [abs(outcome.error) for outcome in outcomes]
+def _layout(spec: Spec, case: Case) -> Layout:
+    simulated = case.backend == SIMULATED
+    backend: Any = registry.load("cpu" if simulated else case.backend)
+    layout: Layout | None = backend.layout(spec, case.world, "sim:0" if simulated else HOST)
+    assert layout is not None, case
+    return layout
+
+
+def outcomes(case: Case, measured: ByPlace) -> Iterator[Outcome]:
+    predicted = predict(case)
+    total = sum(sum(held.values()) for held in measured.values())
+    for place, held in measured.items():
+        if sum(held.values()) > NEGLIGIBLE * total:
+            height = predicted[place]
+            yield Outcome(case, place, dict(height.bytes), held, height.name)
+
+
+def measured(world: int, together: Sequence[Case]) -> Sequence[ByPlace]:
+    """In this process, or in one job of several."""
+    if world == 1:
+        return [measure(case) for case in together]
+    with tempfile.TemporaryDirectory() as name:
+        described, result = Path(name) / "cases.json", Path(name) / "result.json"
+        described.write_text(json.dumps([asdict(case) for case in together]))
+        own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        words = [str(described), str(result)]
+        ended = start_workers(words, world, {**os.environ, **own}, "benchmarks.plan_measure")
+        if ended.code:
+            raise SystemExit(ended.message)
+        found: list[ByPlace] = json.loads(result.read_text())
+        return found
+
+
+def sweep(wanted: Sequence[Case]) -> Iterator[Outcome]:
+    by_world = sorted(wanted, key=lambda case: case.world)
+    for world, group in groupby(by_world, key=lambda case: case.world):
+        together = list(group)
+        for case, found in zip(together, measured(world, together), strict=True):
+            yield from outcomes(case, found)
+
+
+def report(found: Sequence[Outcome], count: int) -> str:
+    errors = [abs(outcome.error) for outcome in found]
     rows = [
         (
-            _techniques(one.case),
+            str(one.case),
+            one.place,
             f"{sum(one.predicted.values()) / 2**20:.2f}",
             f"{sum(one.measured.values()) / 2**20:.2f}",
             f"{one.error:+.1%}",
             one.at,
             *(f"{_megabytes(one.predicted, c)} / {_megabytes(one.measured, c)}" for c in MEMORY_CATEGORIES),
         )
-        for one in outcomes
+        for one in found
     ]
-    headers = ["case", "predicted", "measured", "error", "peak at", *MEMORY_CATEGORIES]
+    headers = ["case", "place", "predicted", "measured", "error", "peak at", *MEMORY_CATEGORIES]
     facts = environment()
     return "\n".join(
         [
@@ -146,7 +133,9 @@ def report(outcomes: list[Outcome]) -> str:
             "",
             __doc__.strip().split("\n\n", 1)[1] if __doc__ else "",
             "",
-            f"- {len(errors)} cases: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}",
+            f"- {count} cases, {len(errors)} places: median error {statistics.median(errors):.1%}, "
+            f"worst {max(errors):.1%}",
+            *(f"- {line}" for line in _by_lane(found)),
             f"- {facts['cpu']}, {facts['platform']}; Python {facts['python']}, packages {facts['packages']}",
             "- MiB at the peak; by category predicted / measured",
             "",
@@ -156,9 +145,10 @@ def report(outcomes: list[Outcome]) -> str:
     )
 
 
-def _techniques(case: Case) -> str:
-    changed = {k: v for k, v in asdict(case).items() if v != getattr(Case(), k)}
-    return ", ".join(f"{k} {json.dumps(v)}" for k, v in changed.items()) or "default"
+def _by_lane(found: Sequence[Outcome]) -> Iterator[str]:
+    for lane in dict.fromkeys(one.case.backend for one in found):
+        errors = [abs(one.error) for one in found if one.case.backend == lane]
+        yield f"{lane}: {len(errors)} places, median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
 
 
 def _megabytes(found: Mapping[str, int], category: str) -> str:
@@ -168,15 +158,21 @@ def _megabytes(found: Mapping[str, int], category: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    folder = parser.parse_args().out
-    outcomes = []
-    for case in cases():
-        outcomes.append(measure(case))
-        print(f"{outcomes[-1].error:+7.2%}  {outcomes[-1].at:9}  {_techniques(case)}", flush=True)
+    parser.add_argument("--lane", help="only this backend's cases; writes nothing")
+    arguments = parser.parse_args()
+    wanted = [case for case in cases() if arguments.lane in (None, case.backend)]
+    found = []
+    for one in sweep(wanted):
+        found.append(one)
+        print(f"{one.error:+7.2%}  {one.place:6}  {one.at:9}  {one.case}", flush=True)
+    if arguments.lane:
+        print(report(found, len(wanted)))
+        return
+    folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     name = f"plan-accuracy-{datetime.now(UTC):%Y-%m-%d}"
-    (folder / f"{name}.md").write_text(report(outcomes))
-    (folder / f"{name}.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
+    (folder / f"{name}.md").write_text(report(found, len(wanted)))
+    (folder / f"{name}.json").write_text(json.dumps([asdict(one) for one in found], indent=1))
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ def doctor(
 @main.command()
 @click.argument("spec", required=False, type=click.Path(path_type=Path))
 @SET
+@click.option("--backend", help="Whose engine.  [default: one device, or what runs on that many]")
 @click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
 @click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
 @click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
@@ -390,6 +391,7 @@ def doctor(
 def plan(
     spec: Path | None,
     overrides: tuple[str, ...],
+    backend: str | None,
     formula: str | None,
     advise: bool,
     device_memory: str | None,
@@ -407,7 +409,7 @@ def plan(
         if formula is not None or advise:
             raise RequestError("xtrain plan: expected one of SPEC, --formula and --advise")
         world = question["gpus"] * question["nodes"]
-        click.echo(room.answer_spec(spec, overrides, world, device_memory, as_json))
+        click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
         return
     click.echo(
         room.answer(

@@ -32,6 +32,8 @@ from xtrain.contract import MEMORY_CATEGORIES, ByPlace, Holdings, Phase
 
 _LOSS_OPS = (torch.ops.aten._log_softmax.default, torch.ops.aten.logsumexp.default)
 """Their input is logits, in every cross-entropy."""
+_PICK = torch.ops.aten.scatter_add_.default
+"""With one index a row: the loss by chunks (xtrain/models/loss.py) takes 1 from its targets' shares."""
 
 
 def count_bytes(holdings: Holdings) -> ByPlace:
@@ -120,7 +122,7 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._see(tensor, self._category(tensor))
-        if func in _LOSS_OPS and self._vocabulary is None:
+        if self._vocabulary is None and (func in _LOSS_OPS or (func is _PICK and args[2].shape[-1] == 1)):
             self._learn_vocabulary(args[0].shape[-1])
         return result
 
@@ -147,9 +149,13 @@ class Ledger(TorchDispatchMode):
         self._claim_holdings()
 
     def _claim_holdings(self) -> None:
+        claimed: set[int] = set()  # each storage by the first that names it, as in count_bytes
         for category, tensors in self._holdings().items():
             for tensor in tensors:
-                self._claim(category, tensor)
+                key = tensor.untyped_storage()._cdata
+                if key not in claimed:
+                    claimed.add(key)
+                    self._claim(category, tensor)
 
     def _claim(self, category: str, tensor: torch.Tensor) -> None:
         known = self._see(tensor, category)

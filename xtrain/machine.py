@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RECORDED_PACKAGES = ("xtrain", "torch", "numpy", "deepspeed", "transformers")
 _STATUS = Path("/proc/self/status")
+_CGROUPS = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -85,6 +86,36 @@ def reset_peak_resident() -> bool:
     except OSError:
         return False
     return True
+
+
+def host_room_bytes() -> int:
+    """What this process can still take of the host: free memory, or less under a limit of its own.
+
+    Limits are those of the process (RLIMIT_AS, which counts addresses) and of its cgroup.
+    """
+    own = psutil.Process().memory_info()
+    rooms = [psutil.virtual_memory().available]
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY:
+        rooms.append(addresses - own.vms)
+    if (limit := _cgroup_limit()) is not None:
+        rooms.append(limit - own.rss)
+    return max(0, min(rooms))
+
+
+def _cgroup_limit() -> int | None:
+    """Of the second version's files, the least on the way up; None where there is none."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+    except OSError:
+        return None
+    here = _CGROUPS / path
+    limits = []
+    for folder in (here, *here.parents):
+        if folder.is_relative_to(_CGROUPS) and (folder / "memory.max").is_file():
+            text = (folder / "memory.max").read_text().strip()
+            limits += [int(text)] if text.isdecimal() else []
+    return min(limits, default=None)
 
 
 def _linux_status() -> dict[str, int] | None:

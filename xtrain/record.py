@@ -186,6 +186,17 @@ class MatmulFacts(Part):
     """What the vendor promises, where it is known."""
 
 
+class Predicted(Part):
+    """What the planner said before the run of a step like that of `step_peaks`, for one process."""
+
+    peak_bytes: dict[str, dict[str, Natural]] | None = None
+    """By place and category; None where they could not be known."""
+    at: dict[str, str] | None = None
+    """The moment of the step at which each place is fullest."""
+    reason: str | None = None
+    """Why there is nothing to compare."""
+
+
 class RunRecord(Part):
     """The whole of record.json. Bytes are integers, seconds floats, what was not measured is null."""
 
@@ -217,7 +228,15 @@ class RunRecord(Part):
     memory: list[RankMemory]
     """By rank."""
     predicted: JsonObject | None = None
-    """What the planner said before the run."""
+    """A Predicted; None in records of runs that did not predict."""
+
+
+def prediction(record: RunRecord) -> Predicted | None:
+    """What was predicted; None where that is nothing this version knows."""
+    try:
+        return None if record.predicted is None else Predicted.model_validate(record.predicted)
+    except ValidationError:
+        return None
 
 
 def write_record(path: Path, record: RunRecord) -> None:

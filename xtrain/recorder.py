@@ -15,6 +15,7 @@ from xtrain.record import (
     Evaluation,
     LossFacts,
     ModelFacts,
+    Predicted,
     RankMemory,
     RunRecord,
     Status,
@@ -77,6 +78,7 @@ class Facts:
     data: Dataset
     model: ModelSource
     engine: Engine
+    predicted: Predicted
 
 
 def rank_memory(engine: Engine, rank: int, before: Counter, loop: Loop) -> RankMemory:
@@ -126,4 +128,5 @@ def make_record(
         speed=measure_speed([s for s in steps if s.step > start], WARMUP_STEPS),
         time_split=split_time(steps),
         memory=memory,
+        predicted=facts.predicted.model_dump(mode="json"),
     )

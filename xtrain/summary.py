@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from xtrain.record import CounterFacts, RankMemory, RunRecord
+from xtrain.record import CounterFacts, Predicted, RankMemory, RunRecord, prediction
 from xtrain.speed import PHASES, Speed, TimeSplit
 
 NOT_MEASURED = "not measured"
@@ -29,7 +29,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         *([("held-out loss", _evaluation(record))] if record.eval else []),
         ("speed", format_speed(record.speed)),
         *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
-        *_step_peaks(record.memory),
+        *_step_peaks(record),
         ("time", _time(record.time_split)),
         ("everything in", str(directory)),
     ]
@@ -96,6 +96,20 @@ def fullest_step(ranks: Sequence[RankMemory]) -> dict[str, dict[str, int]]:
     return fullest
 
 
+def predicted_at(place: str, predicted: Predicted | None) -> Mapping[str, int] | None:
+    """By category; all processes are alike, so another one's device of the same kind will do."""
+    peaks = (predicted.peak_bytes if predicted else None) or {}
+    alike = (held for other, held in peaks.items() if other.partition(":")[0] == place.partition(":")[0])
+    return peaks.get(place) or next(alike, None)
+
+
+def format_prediction(predicted: Mapping[str, int], measured_bytes: int) -> str:
+    """The total with its error, then what it is made of."""
+    total, _, parts = format_categories(predicted).partition(":")
+    error = f" ({sum(predicted.values()) / measured_bytes - 1:+.1%})" if measured_bytes else ""
+    return f"{total}{error}{f':{parts}' if parts else ''}"
+
+
 def plural(count: int, noun: str) -> str:
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
@@ -136,9 +150,16 @@ def _memory(ranks: Sequence[RankMemory], key: str) -> str:
     return format_counter(counter) + several
 
 
-def _step_peaks(ranks: Sequence[RankMemory]) -> list[tuple[str, str]]:
-    fullest = fullest_step(ranks)
-    return [(f"memory, a step on {clean(place)}", format_categories(held)) for place, held in fullest.items()]
+def _step_peaks(record: RunRecord) -> list[tuple[str, str]]:
+    """Of each place what a step held, and below it what was predicted."""
+    rows, predicted = [], prediction(record)
+    for place, held in fullest_step(record.memory).items():
+        rows.append((f"memory, a step on {clean(place)}", format_categories(held)))
+        if said := predicted_at(place, predicted):
+            rows.append(("memory, as predicted", format_prediction(said, sum(held.values()))))
+    if predicted is not None and predicted.peak_bytes is None:
+        rows.append(("memory, as predicted", f"not predicted: {clean(predicted.reason or '')}"))
+    return rows
 
 
 def _time(split: TimeSplit | None) -> str:

@@ -20,6 +20,7 @@ from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.models.source import NotedSource, model_source
+from xtrain.plan.predict import predict
 from xtrain.preflight import host_name, known, preflight, told_to_others
 from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory
 from xtrain.progress import Progress
@@ -70,7 +71,8 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
             say(first, f"note: {note}")
         stop.begin(first)
         try:
-            facts = Facts(resolved, data, model, engine)
+            predicted = predict(spec, job.world, choice.backend, data.vocab_size, engine)
+            facts = Facts(resolved, data, model, engine, predicted)
             return Run(request, facts, choice.backend, directory, job, begin, guards, before, stop).train()
         finally:
             engine.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
+from xtrain.machine import host_room_bytes
 from xtrain.translation import Imported, Setting
 
 from .environment import announce_compilation, facts, prepare, probe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
     from .engine import DeepSpeedEngine
+    from .layout import Partitioned
 
 
 class DeepSpeedBackend:
@@ -75,6 +77,19 @@ class DeepSpeedBackend:
         from .universal import write_universal
 
         return write_universal(checkpoint, folder)
+
+    def layout(self, spec: Spec, world: int, device: str) -> Partitioned | None:
+        from .layout import layout_of
+
+        return layout_of(spec, world, device)
+
+    def room_bytes(self, job: Job) -> int | None:
+        """What the host has is shared by its processes."""
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info(job.local_rank)[0]
+        return host_room_bytes() // job.local_world
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:
         prepare()

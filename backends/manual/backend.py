@@ -13,6 +13,7 @@ from .here import missing_here
 from .support import device_names, find_idle, find_problems, offload_of
 
 if TYPE_CHECKING:
+    from xtrain.plan.places import Places
     from xtrain.spec.tree import Spec
 
     from .engine import ManualEngine
@@ -59,6 +60,16 @@ class ManualBackend:
         idle = find_idle(spec, self.name)
         notes = [*compile_notes(spec), *idle.values()]
         return Resolved(self.name, spec, world, settings, notes, idle=list(idle))
+
+    def layout(self, spec: Spec, world: int, device: str) -> Places | None:
+        from .layout import layout_of
+
+        return layout_of(spec, device)
+
+    def room_bytes(self, job: Job) -> int | None:
+        from .devices import device_of
+
+        return device_of(self.name).limit_bytes()
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> ManualEngine:
         from .devices import device_of

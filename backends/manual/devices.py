@@ -14,6 +14,7 @@ import torch
 
 from xtrain.allocator import keep_freed_memory
 from xtrain.contract import JSON, Availability, Counter
+from xtrain.machine import host_room_bytes
 
 
 class Device(ABC):
@@ -124,7 +125,7 @@ class Cpu(Device):
         return "" if dtype != "fp16" or cpu_computes_fp16() else NO_FP16
 
     def limit_bytes(self) -> int | None:
-        return psutil.virtual_memory().available
+        return host_room_bytes()
 
     def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
         return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -27,9 +27,10 @@ from xtrain.models.blocks import find_blocks
 from xtrain.spec.tree import Spec
 
 from .chain import check_chain
+from .counts import split_blocks
 from .devices import Device
 from .estimate import estimate_bytes
-from .split import fit_blocks, split_blocks
+from .split import fit_blocks
 
 
 @dataclass(frozen=True)

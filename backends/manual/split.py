@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from xtrain.errors import RequestError
 from xtrain.summary import format_bytes
 
+from .counts import split_blocks
 from .devices import Device
 from .estimate import StepBytes
 
 MARGIN = 0.1
 """Share of a device's limit that stays free: for kernels' workspace, a chunk of logits, fragmentation."""
-
-
-def split_blocks(split: Sequence[int] | Sequence[float], blocks: int) -> list[int]:
-    """Counts from `manual.split`: counts, which must sum to the model's blocks, or fractions of them."""
-    counts = [part for part in split if isinstance(part, int)]
-    if len(counts) < len(split):
-        ends = [0, *(round(math.fsum(split[: place + 1]) * blocks) for place in range(len(split)))]
-        return [end - start for start, end in pairwise(ends)]
-    if sum(counts) != blocks:
-        raise RequestError(
-            f"manual.split: found {counts}, which sum to {sum(counts)}, expected counts that sum to the "
-            f"{blocks} blocks of the model; or use split: auto"
-        )
-    return counts
 
 
 def fit_blocks(needed: StepBytes, devices: Sequence[Device]) -> list[int]:

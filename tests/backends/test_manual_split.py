@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from backends.manual.counts import split_blocks
 from backends.manual.devices import Cpu
 from backends.manual.estimate import StepBytes
-from backends.manual.split import fit_blocks, split_blocks
+from backends.manual.split import fit_blocks
 from xtrain.errors import RequestError
 
 

@@ -67,6 +67,19 @@ class HuggingFaceSource:
             self._note_blocks(model)
             return self._adapted(model).train()
 
+    def skeleton(self) -> nn.Module:
+        """As `build` makes it of shapes alone: a head that is an nn.Linear is taken to be understood."""
+        from xtrain.models.adapter import HeadLoss, LogitsLoss, LossHead
+
+        origin = f"model.hf {self.spec.model.hf}"
+        model: Any = self._initialise()
+        linear = model.get_output_embeddings()
+        path = next((path for path, module in model.named_modules() if module is linear), None)
+        if path is None or model.base_model is model:
+            return LogitsLoss(model, origin).train()
+        model.set_submodule(path, LossHead(linear, "auto"))
+        return HeadLoss(model, path, origin).train()
+
     def _adapted(self, model: nn.Module) -> nn.Module:
         """With the loss taken in its head, or where that is not understood, of its own logits."""
         from xtrain.models.adapter import HeadLoss, LogitsLoss, LossHead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +45,14 @@ def dimensions(spec: Spec) -> Dimensions:
         positions=model.positions or preset.positions,
         vocab_size=model.vocab_size or preset.vocab_size,
     )
+
+
+def fitted_dimensions(spec: Spec, data_vocab_size: int) -> Dimensions:
+    """The same; gpt2-nano takes the vocabulary of its data, where the spec names none."""
+    size = dimensions(spec)
+    if spec.model.preset == "gpt2-nano" and spec.model.vocab_size is None:
+        return replace(size, vocab_size=data_vocab_size)
+    return size
 
 
 def parameter_count(size: Dimensions) -> int:

@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +17,7 @@ from xtrain.contract import ModelSource
 from xtrain.errors import RequestError, XtrainError, described
 from xtrain.models.hf import HuggingFaceSource
 from xtrain.models.init_from import StoredStart
-from xtrain.models.presets import dimensions
+from xtrain.models.presets import fitted_dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
 if TYPE_CHECKING:
@@ -51,15 +50,23 @@ def _own_source(spec: Spec, data_vocab_size: int) -> NotedSource:
     return FactorySource(spec)
 
 
+def without_numbers(spec: Spec) -> tuple[nn.Module, str]:
+    """The module of a spec that is no preset, and its description, as far as shapes go.
+
+    To be called where tensors are made without numbers: no weights are read, nothing is tried on the model.
+    """
+    source = HuggingFaceSource(spec, 0) if spec.model.hf is not None else FactorySource(spec)
+    model = source.skeleton() if isinstance(source, HuggingFaceSource) else source.build()
+    return model, source.description
+
+
 class PresetSource:
     """A built-in model, its weights a function of (seed, parameter name)."""
 
     notes = ()
 
     def __init__(self, spec: Spec, data_vocab_size: int) -> None:
-        size = dimensions(spec)
-        if spec.model.preset == "gpt2-nano" and spec.model.vocab_size is None:
-            size = replace(size, vocab_size=data_vocab_size)
+        size = fitted_dimensions(spec, data_vocab_size)
         if data_vocab_size > size.vocab_size:
             raise RequestError(
                 f"model.vocab_size is {size.vocab_size}, but the data has {data_vocab_size} symbols; "

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.errors import RequestError
 from xtrain.plan.advice import Advice, Cluster, Shape, advise
 from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
-from xtrain.plan.ladder import Plan, Rung, make_plan
+from xtrain.plan.ladder import make_plan
+from xtrain.plan.render import render_plan
+from xtrain.plan.subject import subject_of
 from xtrain.spec import load_spec
-from xtrain.summary import format_bytes
 
 DIVISORS = {"GB": 1e9, "GiB": float(1 << 30), "x": 1.0}
 UNITS = {
@@ -30,12 +30,18 @@ UNITS = {
 
 
 def answer_spec(
-    path: Path, overrides: Sequence[str], world: int, device_memory: str | None, as_json: bool
+    path: Path,
+    overrides: Sequence[str],
+    world: int,
+    backend: str | None,
+    device_memory: str | None,
+    as_json: bool,
 ) -> str:
     """The plan of a spec on `world` processes, as text."""
     device_bytes = parse_bytes(device_memory) if device_memory is not None else None
-    plan = make_plan(load_spec(path, overrides, world), world, device_bytes)
-    return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, world)
+    named = subject_of(load_spec(path, overrides, world), world, backend, device_bytes)
+    plan = make_plan(named.subject, named.model)
+    return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, world, named.backend)
 
 
 def answer(
@@ -103,58 +109,3 @@ def render_advice(found: Advice) -> str:
     figures = tabulate(list(found.figures.items()), tablefmt="plain", disable_numparse=True)
     reasons = [f"- {reason}" for reason in found.reasons]
     return "\n".join([f"{found.degrees}, sharding: {found.zero}", "", *reasons, "", figures])
-
-
-def render_plan(plan: Plan, world: int) -> str:
-    """Categories at the peak and at rest, then each table with what fits."""
-    categories = [
-        (name, format_bytes(plan.peak.bytes[name]), format_bytes(plan.rest[name]))
-        for name in MEMORY_CATEGORIES
-        if plan.peak.bytes[name] or plan.rest[name]
-    ]
-    total = ("total", format_bytes(plan.peak.total), format_bytes(plan.rest.total()))
-    processes = f"{world} process{'es' if world > 1 else ''}"
-    parts = [
-        f"{plan.model}: {plan.parameters:,} parameters, accumulation {plan.accumulation} on {processes}",
-        _table([*categories, total], ["", f"at the peak ({plan.peak.name})", "between steps"]),
-        "The ladder: each rung with those above it.",
-        _table(_rungs(plan.rungs), ["", "peak", "at", ""]),
-        "Sharded over the processes, per process (gathered blocks and buckets not counted).",
-        _table(_stages(plan), ["memory.sharding", "peak", "", "sent per step"]),
-    ]
-    if plan.largest_micro is not None:
-        largest = plan.largest_micro
-        parts.append(f"Largest batch.micro that fits: {largest or 'none, not even 1'}")
-    parts.append("Bytes of live tensors; the allocator's slack and the runtime come on top.")
-    return "\n\n".join(parts)
-
-
-def _rungs(rungs: Sequence[Rung]) -> list[tuple[str, ...]]:
-    """The first that fits is marked."""
-    first = next((rung for rung in rungs if rung.fits), None)
-    return [
-        (rung.name, format_bytes(rung.peak.total), rung.peak.name, _verdict(rung, rung is first))
-        for rung in rungs
-    ]
-
-
-def _verdict(rung: Rung, is_first: bool) -> str:
-    if rung.fits is None:
-        return ""
-    return ("fits: the first" if is_first else "fits") if rung.fits else "does not fit"
-
-
-def _stages(plan: Plan) -> list[tuple[str, ...]]:
-    return [
-        (
-            rung.name,
-            format_bytes(rung.peak.total),
-            _verdict(rung, False),
-            format_bytes(plan.sent_bytes[rung.name]),
-        )
-        for rung in plan.stages
-    ]
-
-
-def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)

@@ -1,161 +1,185 @@
-"""One training step on one device, walked through on paper: what is alive at each of its heights.
+"""One training step, walked through on paper: what its passes hold at each moment that may be the fullest.
 
-A step has four: the loss at the end of the forward pass, every group of blocks in the backward pass, the
-embedding at its end, and the update. Which of them is the peak depends on the model and the techniques, so
-all are computed, by category, and the highest is the answer.
+A step has five: the loss at the end of the forward pass, its own backward pass, every group of blocks after
+it, the embedding at the end, and the update. Which of them is the peak depends on the model and the
+techniques, so all are computed. Where an engine keeps what, and how much of it in each process, is its
+layout's to say (layout.py): it turns a moment into bytes by place and category.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal
 
 from xtrain.models.loss_chunk import chunk_tokens
-from xtrain.models.presets import Dimensions, parameter_count
-from xtrain.plan.gpt2 import FP32, Kept, Widths, block_parameters
+from xtrain.models.presets import Dimensions, dimensions
+from xtrain.plan import gpt2
+from xtrain.plan.model import FP32, ModelBytes, Widths
 from xtrain.spec.tree import AdamW, Checkpointing, MemorySection, Spec
 from xtrain.techniques.checkpointing import groups
 
-Categories = Counter[str]
-"""Bytes by contract.MEMORY_CATEGORIES."""
-
 
 @dataclass(frozen=True)
-class Height:
-    """One moment at which memory may be fullest."""
+class Moment:
+    """What a pass holds beside the training state. Bytes, where it does not say numbers or blocks."""
 
     name: str
-    bytes: Categories
-
-    @property
-    def total(self) -> int:
-        return self.bytes.total()
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Consecutive blocks whose backward passes follow one another: a recomputed group, or one kept block."""
-
-    blocks: int
-    kept: int
-    """Bytes from the forward pass until their backward."""
-    recomputed: int
-    """Bytes that the backward pass makes again."""
+    kept: Sequence[int] = ()
+    """Activations until their backward, by block."""
+    again: Sequence[int] = ()
+    """Activations that the backward pass has made again, by block."""
+    head: int = 0
+    """Activations that the head keeps."""
+    running: int = 0
+    """Activations that head and loss are at work on."""
+    logits: int = 0
+    other: int = 0
+    """Batches, gradients of activations, temporaries."""
+    at: int | None = None
+    """The block that the backward pass is in: `other` is beside it."""
+    made_blocks: int = 0
+    """Blocks, from the last one, whose gradients this pass has made."""
+    made_outside: int = 0
+    """Numbers of gradients made outside the blocks."""
+    fresh: int = 0
+    """Numbers of a gradient that is made, and not yet added to that of the passes before."""
+    phase: Literal["pass", "update", "rest"] = "pass"
 
 
 class Step:
-    """The step of a built-in model, whole on one device."""
+    """The step of one model in one process, once the optimizer has its state."""
 
-    def __init__(self, spec: Spec, size: Dimensions, accumulation: int) -> None:
-        self.size = size
-        self.widths = Widths.of(spec.precision)
-        self.kept = Kept(size, spec.micro_batch * spec.data.seq_len, self.widths)
+    def __init__(self, spec: Spec, model: ModelBytes, accumulation: int) -> None:
+        self.model = model
+        self.widths = model.widths
         self.section = spec.memory if isinstance(spec.memory, MemorySection) else MemorySection()
         self.accumulation = accumulation
-        self.adam = isinstance(spec.optimizer, AdamW)
-        self.momentum = not isinstance(spec.optimizer, AdamW) and spec.optimizer.momentum > 0
-        self.parameters = parameter_count(size)
+        adam = isinstance(spec.optimizer, AdamW)
+        momentum = not isinstance(spec.optimizer, AdamW) and spec.optimizer.momentum > 0
+        self.moment_bytes = FP32 * (2 if adam else int(momentum))
+        """Of the optimizer, per number."""
+        chunk = "none" if model.whole_logits else self.section.loss_chunk
+        self.chunk = chunk_tokens(chunk, model.vocab_size)
 
-    @property
-    def peak(self) -> Height:
-        return max(self.heights(), key=lambda height: height.total)
+    @staticmethod
+    def rest() -> Moment:
+        """Between steps: no pass, no gradients."""
+        return Moment("rest", phase="rest")
 
-    def at_rest(self) -> Categories:
-        """Between steps, once the first update was made."""
-        moments = 2 if self.adam else int(self.momentum)
-        master = 0 if self.widths.weight == FP32 else FP32 * self.parameters
-        return Counter(
-            parameters=self.widths.weight * self.parameters,
-            master=master,
-            optimizer=FP32 * moments * self.parameters,
-        )
-
-    def heights(self) -> Iterator[Height]:
-        rest = self.at_rest()
-        before = self.parameters * self.widths.weight if self.accumulation > 1 else 0
-        yield Height("loss", rest + self._loss(before))
+    def moments(self) -> Iterator[Moment]:
+        loss = self._loss()
+        yield loss
         if self.chunk is None:
-            yield Height("backward of the loss", rest + self._plain_loss_backward(before))
-        yield from (Height("backward", rest + moment) for moment in self._backward(before))
-        yield Height("embedding", rest + self._embedding(before))
-        yield Height("update", rest + self._update())
-
-    @property
-    def chunk(self) -> int | None:
-        return chunk_tokens(self.section.loss_chunk, self.size.vocab_size)
-
-    @property
-    def projection(self) -> int:
-        """Numbers in the tied embedding."""
-        return self.size.vocab_size * self.size.hidden
+            yield self._plain_loss_backward(loss)
+        yield from self._backward()
+        yield from self._embeddings()
+        yield Moment("update", phase="update")
 
     def scopes(self) -> Sequence[Scope]:
         """In the order of the forward pass."""
-        chosen, kept = self.section.checkpointing, self.kept
+        chosen, model = self.section.checkpointing, self.model
         if chosen.selective is not None and chosen.selective.ops:
-            again = kept.block - kept.block_without_cheap
-            return [Scope(1, kept.block_without_cheap, again)] * self.size.layers
-        recomputed = groups(chosen, self.size.layers) if chosen != Checkpointing() else []
+            again = model.block - model.block_without_cheap
+            return [Scope((model.block_without_cheap,), (again,))] * model.layers
+        recomputed = groups(chosen, model.layers) if chosen != Checkpointing() else []
         inside = {place for group in recomputed for place in group}
-        whole = [Scope(len(g), kept.stream, len(g) * kept.block - kept.stream) for g in recomputed]
-        return whole + [Scope(1, kept.block, 0)] * (self.size.layers - len(inside))
+        whole = [self._recomputed(len(group)) for group in recomputed]
+        return whole + [Scope((model.block,), (0,))] * (model.layers - len(inside))
 
-    def _forward_kept(self) -> int:
-        return sum(scope.kept for scope in self.scopes()) + self.kept.head
+    def _recomputed(self, blocks: int) -> Scope:
+        """A group keeps the input of its first block."""
+        first, others = self.model.block - self.model.stream, [self.model.block] * (blocks - 1)
+        return Scope((self.model.stream, *[0] * (blocks - 1)), (first, *others))
 
-    def _loss(self, gradients: int) -> Categories:
-        kept = self.kept
-        activations = self._forward_kept() + self._copies_of_the_pass()
+    def _loss(self) -> Moment:
+        model = self.model
         if self.chunk is None:
-            activations += kept.tokens * self.size.hidden * self.widths.compute  # the normed stream
-        else:  # and its gradient, and that of the tied matrix
-            activations += 2 * kept.stream + self.projection * FP32
-            activations += kept.tokens * self.size.hidden * 2 if self.widths.autocast else 0
-        return Counter(
-            gradients=gradients,
-            activations=activations,
-            logits=kept.logits(self.chunk),
-            other=kept.ids,
+            running = model.tokens * model.hidden * self.widths.compute  # the normed stream
+        else:  # and its gradient, and that of the head's matrix
+            running = 2 * model.stream + model.projection * FP32
+            running += model.tokens * model.hidden * 2 if self.widths.autocast else 0
+        kept = tuple(chain.from_iterable(scope.kept for scope in self.scopes()))
+        logits, beside = model.logits(self.chunk)
+        return Moment(
+            "loss",
+            kept=kept,
+            head=model.head,
+            running=running + beside + self._copies_of_the_pass(),
+            logits=logits,
+            other=model.ids,
         )
 
     def _copies_of_the_pass(self) -> int:
         """16-bit copies that autocast holds to the end of the pass: the head's, and of recomputed blocks."""
         if not self.widths.autocast:
             return 0
-        recomputed = sum(scope.blocks for scope in self.scopes() if scope.recomputed)
-        return 2 * self.projection + recomputed * self.kept.weight_copies
+        recomputed = sum(len(scope.kept) for scope in self.scopes() if any(scope.again))
+        return 2 * self.model.projection + recomputed * self.model.weight_copies
 
-    def _plain_loss_backward(self, gradients: int) -> Categories:
+    def _plain_loss_backward(self, loss: Moment) -> Moment:
         """Log-probabilities, the gradient of each, and that of each logit."""
-        logits = 3 * self.kept.tokens * self.size.vocab_size * FP32
-        before = self._loss(gradients)
-        return Counter({**before, "logits": logits})
+        logits = 3 * self.model.tokens * self.model.vocab_size * FP32
+        return replace(loss, name="backward of the loss", logits=logits)
 
-    def _backward(self, before: int) -> Iterator[Categories]:
-        scopes, one = self.scopes(), block_parameters(self.size) * self.widths.weight
-        done, left = 0, sum(scope.kept for scope in scopes)
+    def _backward(self) -> Iterator[Moment]:
+        model, scopes = self.model, self.scopes()
+        left = [scope.kept for scope in scopes]
+        done = 0
         for scope in reversed(scopes):
-            gradients = max(before, self.projection * self.widths.weight + done * one)
-            yield Counter(
-                gradients=gradients,
-                activations=left + scope.recomputed,
-                other=2 * self.kept.stream + self.kept.expanded + self.kept.ids,
+            last = model.layers - done - 1
+            before = (0,) * (model.layers - done - len(scope.again))
+            yield Moment(
+                "backward",
+                kept=tuple(chain.from_iterable(left)),
+                again=before + scope.again,
+                running=self._waiting,
+                other=model.expanded + model.stream * (2 if self.widths.autocast else 1) + model.ids,
+                at=last,
+                made_blocks=done,
+                made_outside=0 if model.tied else model.projection,
+                fresh=0 if self.widths.autocast else model.widest,
             )
-            done, left = done + scope.blocks, left - scope.kept
+            done += len(left.pop())
 
-    def _embedding(self, before: int) -> Categories:
-        """The tied matrix has two dense gradients, the head's and the stem's; autograd makes their sum."""
-        tied = self.projection * self.widths.weight
-        return Counter(
-            gradients=self.parameters * self.widths.weight + (tied if before else 0),
-            activations=tied,  # the head's, made in the forward pass
-            other=tied + self.kept.stream + self.kept.ids,
+    @property
+    def _waiting(self) -> int:
+        """A tied matrix's gradient from the head waits for that of the stem: autograd adds the two."""
+        return self.model.projection * self.widths.weight if self.model.tied else 0
+
+    def _embeddings(self) -> Iterator[Moment]:
+        """A table's gradient is as large as itself: the tokens', and what else there is (positions)."""
+        model = self.model
+        tokens = Moment(
+            "embedding",
+            running=self._waiting,
+            other=(model.projection * self.widths.weight if model.tied else 0) + model.stream + model.ids,
+            made_blocks=model.layers,
+            made_outside=model.outside_parameters,
+            fresh=model.projection,
         )
+        yield tokens
+        tables = model.projection * (1 if model.tied else 2)
+        others = max(0, model.outside_parameters - tables)
+        yield replace(tokens, other=model.stream + model.ids, fresh=others)
 
-    def _update(self) -> Categories:
-        """16-bit gradients are widened one by one, the tied matrix first, and each released at once."""
-        wide, narrow = self.parameters * FP32, self.parameters * self.widths.weight
-        if self.widths.weight == FP32:
-            return Counter(gradients=wide)
-        return Counter(gradients=max(wide, narrow + self.projection * FP32))
+
+@dataclass(frozen=True)
+class Scope:
+    """Consecutive blocks whose backward passes follow one another: a recomputed group, or one kept block.
+
+    Bytes by block.
+    """
+
+    kept: tuple[int, ...]
+    """From the forward pass until their backward."""
+    again: tuple[int, ...]
+    """Made again by the backward pass."""
+
+
+def preset_step(spec: Spec, accumulation: int, size: Dimensions | None = None) -> Step:
+    """The step of a built-in model; `size` where the data decides about the vocabulary."""
+    widths = Widths.of(spec.precision)
+    tokens = spec.micro_batch * spec.data.seq_len
+    return Step(spec, gpt2.model_bytes(size or dimensions(spec), tokens, widths), accumulation)

@@ -1,0 +1,27 @@
+"""Predicted and measured on an accelerator of its own: offload, and layers over devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.plan_accuracy import outcomes
+from benchmarks.plan_cases import BF16_WEIGHTS, HALVES, SIMULATED, STATE, Case
+from benchmarks.plan_measure import measure
+
+WAYS = [
+    Case(SIMULATED, offload={"optimizer": "cpu"}),
+    Case(SIMULATED, offload=STATE, precision=BF16_WEIGHTS),
+    Case(SIMULATED, offload={"activations": "cpu"}, layers=6),
+    Case(SIMULATED, offload={**STATE, "activations": "cpu"}, precision="bf16"),
+    Case(SIMULATED, manual=HALVES, layers=6),
+    Case(SIMULATED, manual=HALVES, layers=6, offload=STATE, checkpointing="auto"),
+]
+WORST = 0.12
+
+
+@pytest.mark.parametrize("case", WAYS, ids=str)
+def test_each_place_is_predicted(case: Case) -> None:
+    found = list(outcomes(case, measure(case)))
+    assert {one.place for one in found} == {"sim:0", "cpu"}
+    for one in found:
+        assert abs(one.error) <= WORST, (one.place, one.predicted, one.measured)

@@ -1,0 +1,73 @@
+"""Where an engine keeps a step's bytes: what a backend may tell the planner, and how a peak comes of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+from xtrain.plan.step import Moment, Step
+
+if TYPE_CHECKING:
+    from xtrain.spec.tree import Spec
+
+Categories: TypeAlias = "Counter[str]"
+"""Bytes by contract.MEMORY_CATEGORIES."""
+DEVICE, HOST = "device", "cpu"
+"""Places: a device that has no name yet, and the host's memory as torch calls it."""
+
+
+class Layout(Protocol):
+    """How an engine lays out one process's part of a training."""
+
+    @property
+    def home(self) -> str:
+        """The place of stem, head and loss."""
+        ...
+
+    def held(self, step: Step, moment: Moment) -> Mapping[str, Categories]:
+        """By place: the training state, and what the pass holds at `moment`."""
+        ...
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """The further method of a Backend whose engines the planner knows."""
+
+    name: str
+
+    def layout(self, spec: Spec, world: int, device: str) -> Layout | None:
+        """How its engine will lay out `spec` with `world` processes; imports nothing heavy.
+
+        `device` is what the place is called at which it computes. None where the layout is known only once
+        the model is built.
+        """
+        ...
+
+    def room_bytes(self) -> int | None:
+        """What its device on this machine has for a training; None where nobody says. May import torch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Height:
+    """One place at its fullest moment."""
+
+    name: str
+    """Of the moment."""
+    bytes: Categories
+
+    @property
+    def total(self) -> int:
+        return self.bytes.total()
+
+
+def peaks(step: Step, layout: Layout) -> dict[str, Height]:
+    """By place, each at its own fullest moment."""
+    found: dict[str, Height] = {}
+    for moment in step.moments():
+        for place, held in layout.held(step, moment).items():
+            if place not in found or held.total() > found[place].total:
+                found[place] = Height(moment.name, held)
+    return found

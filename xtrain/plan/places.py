@@ -1,0 +1,94 @@
+"""One process: on one device, with its layers over several, or with parts of its state on the host."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from xtrain.plan.layout import DEVICE, HOST, Categories
+from xtrain.plan.model import FP32
+from xtrain.plan.step import Moment, Step
+from xtrain.spec.tree import Offload
+
+
+@dataclass(frozen=True)
+class Places:
+    """Implements layout.Layout. Stem, head and loss are at home."""
+
+    home: str = DEVICE
+    blocks: Sequence[str] = ()
+    """The place of each; empty where all are at home."""
+    offload: Offload = field(default_factory=Offload)
+
+    def held(self, step: Step, moment: Moment) -> Mapping[str, Categories]:
+        held: defaultdict[str, Categories] = defaultdict(Counter)
+        for place, numbers in self._numbers(step):
+            self._state(held, step, place, numbers)
+        if moment.phase == "update":
+            self._update(held, step)
+        elif moment.phase == "pass":
+            self._gradients(held, step, moment)
+            self._pass(held, step, moment)
+        return held
+
+    def _place(self, block: int) -> str:
+        return self.blocks[block] if self.blocks else self.home
+
+    def _updated(self, place: str) -> str:
+        """Where the optimizer works on a weight that is at `place`."""
+        return HOST if self.offload.optimizer.enabled else place
+
+    def _numbers(self, step: Step) -> Iterator[tuple[str, int]]:
+        """Of the parameters outside the blocks, and of each block."""
+        yield self.home, step.model.outside_parameters
+        for block in range(step.model.layers):
+            yield self._place(block), step.model.block_parameters
+
+    def _state(self, held: dict[str, Categories], step: Step, place: str, numbers: int) -> None:
+        """Weights, the optimizer's state, and a master copy where weights are narrow or elsewhere."""
+        held[place]["parameters"] += step.widths.weight * numbers
+        updated = self._updated(place)
+        if step.widths.weight != FP32 or updated != place:
+            held[updated]["master"] += FP32 * numbers
+        held[updated]["optimizer"] += step.moment_bytes * numbers
+
+    def _update(self, held: dict[str, Categories], step: Step) -> None:
+        """Narrow gradients are widened one by one, the head's matrix first, and each released at once."""
+        for place, numbers in self._numbers(step):
+            held[self._updated(place)]["gradients"] += FP32 * numbers
+        narrow, wide = step.model.parameters * step.widths.weight, step.model.parameters * FP32
+        if step.widths.weight != FP32:
+            above = narrow + step.model.projection * FP32 - wide
+            held[self._updated(self.home)]["gradients"] += max(0, above)
+
+    def _gradients(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
+        width, accumulated = step.widths.weight, step.accumulation > 1
+        outside, *blocks = self._numbers(step)
+        numbers_outside = outside[1] if accumulated else moment.made_outside
+        held[self._gathered(self.home)]["gradients"] += width * numbers_outside
+        for place, numbers in blocks if accumulated else blocks[len(blocks) - moment.made_blocks :]:
+            held[self._gathered(place)]["gradients"] += width * numbers
+        fresh = self.home if moment.at is None else self._place(moment.at)
+        if accumulated or moment.at is not None or self._gathered(fresh) != fresh:
+            held[fresh]["gradients"] += width * moment.fresh
+
+    def _gathered(self, place: str) -> str:
+        """Where the gradient of a weight at `place` waits for the update."""
+        return HOST if self.offload.gradients.enabled else place
+
+    def _pass(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
+        """Kept activations may be on the host; what is recomputed or in use is beside the weights."""
+        parked, model = self.offload.activations.enabled, step.model
+        for block, kept in enumerate(moment.kept):
+            copied = kept + model.views if kept == model.block else kept
+            held[HOST if parked else self._place(block)]["activations"] += copied if parked else kept
+        for block, again in enumerate(moment.again):
+            held[self._place(block)]["activations"] += again
+        held[HOST if parked else self.home]["activations"] += moment.head
+        held[self.home]["activations"] += moment.running
+        held[self.home]["logits"] += moment.logits
+        at = self.home if moment.at is None else self._place(moment.at)
+        held[at]["other"] += moment.other
+        if parked and moment.at is not None:  # the two largest come back where their gradient is made
+            held[at]["other"] += 2 * model.expanded

@@ -1,0 +1,103 @@
+"""From a spec and the words of a command line to what is planned: whose model, whose layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xtrain import registry
+from xtrain.errors import BackendError, RequestError
+from xtrain.models.presets import dimensions
+from xtrain.plan import gpt2
+from xtrain.plan.ladder import Subject
+from xtrain.plan.layout import DEVICE, HOST, Layout, Planned
+from xtrain.plan.model import ModelBytes, Widths
+from xtrain.spec.check import check_spec
+from xtrain.spec.tree import Spec
+
+
+@dataclass(frozen=True)
+class Named:
+    """What is planned, in words."""
+
+    subject: Subject
+    model: str
+    backend: str
+
+
+def subject_of(spec: Spec, world: int, backend: str | None, device_bytes: float | None) -> Named:
+    """RequestError where no backend plans that spec, or the one that is named does not."""
+    planned = _named(backend) if backend else _first(spec, world)
+    device = HOST if planned.name == HOST and backend else DEVICE
+    description, model = _model(spec)
+    subject = Subject(spec, world, model, _layouts(planned, world, device), device_bytes)
+    return Named(subject, description, planned.name if backend or world > 1 else "one device")
+
+
+def _named(name: str) -> Planned:
+    backend: object = registry.load(name)
+    if not isinstance(backend, Planned):
+        raise BackendError(
+            f"--backend: found {name}, expected one of {', '.join(sorted(_all()))}: "
+            "it does not say how it lays out memory"
+        )
+    return backend
+
+
+def _first(spec: Spec, world: int) -> Planned:
+    """The first backend that runs such a spec, on whatever device."""
+    found = _all()
+    for backend in found.values():
+        if not registry.load(backend.name).problems(spec, world):
+            return backend
+    raise RequestError(
+        f"xtrain plan: none of the backends {', '.join(found)} runs this spec with {world} processes; "
+        "name one with --backend for its reasons"
+    )
+
+
+def _all() -> dict[str, Planned]:
+    """Every backend that can be loaded and plans."""
+    found: dict[str, Planned] = {}
+    for name in registry.names():
+        try:
+            backend: object = registry.load(name)
+        except BackendError:
+            continue  # `xtrain backends` says why
+        if isinstance(backend, Planned):
+            found[name] = backend
+    return found
+
+
+def _layouts(planned: Planned, world: int, device: str) -> Callable[[Spec], Layout]:
+    backend = registry.load(planned.name)
+
+    def layout(spec: Spec) -> Layout:
+        if problems := [*check_spec(spec, world), *backend.problems(spec, world)]:
+            raise RequestError(f"xtrain plan on backend {planned.name}: {problems[0]}")
+        found = planned.layout(spec, world, device)
+        if found is None:
+            raise RequestError(
+                f"xtrain plan: backend {planned.name} decides what to put where once it has the model; "
+                "give manual.split, or another --backend"
+            )
+        return found
+
+    return layout
+
+
+def _model(spec: Spec) -> tuple[str, Callable[[Spec], ModelBytes]]:
+    """What it is called, and its bytes for one micro-batch of a variation of `spec`."""
+    if spec.model.preset is not None:
+        size = dimensions(spec)
+        name = f"{spec.model.preset}, {size.layers} layers x {size.hidden}, vocabulary {size.vocab_size:,}"
+
+        def counted(changed: Spec) -> ModelBytes:
+            tokens = changed.micro_batch * changed.data.seq_len
+            return gpt2.model_bytes(size, tokens, Widths.of(changed.precision))
+
+        return name, counted
+    from xtrain.plan.traced import Tracer
+
+    tracer = Tracer(spec)
+    return tracer.description, tracer
