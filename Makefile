@@ -9,6 +9,8 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 # Test processes share the cores: more threads than one each makes them fight.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# `make test` shares the files among so many processes. Each takes up to 2 GiB with what it starts.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := check
 .PHONY: check run test lint types bench gpu format clean help
@@ -19,8 +21,8 @@ check: lint types  ## lint, types and the fast tests
 run: $(READY)  ## train configs/quickstart.yaml on the best backend here
 	$(BIN)/xtrain run configs/quickstart.yaml --backend auto
 
-test: $(READY)  ## all tests, those that start processes too
-	$(TEST)
+test: $(READY)  ## all tests, those that start processes too, by files in WORKERS processes
+	$(TEST) --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -6,9 +6,11 @@ one norm and one in-place scaling for all gradients, no loss brought to the host
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from benchmarks import measured, workload
@@ -16,6 +18,8 @@ from benchmarks.workload import Workload
 from xtrain.models.gpt2 import GPT2
 from xtrain.models.init import initialise
 from xtrain.models.presets import Dimensions
+
+MicroLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_model(load: Workload) -> GPT2:
@@ -40,13 +44,12 @@ def build_optimizer(load: Workload, model: torch.nn.Module, fused: bool) -> torc
     return torch.optim.AdamW(groups, lr=load.lr, betas=load.betas, eps=load.eps, fused=fused)
 
 
-def train(folder: Path) -> measured.Training:
-    load, batches = workload.read(folder)
-    torch.manual_seed(load.seed)
-    model = build_model(load).train()
+def train_model(
+    load: Workload, batches: np.ndarray, model: torch.nn.Module, micro_loss: MicroLoss
+) -> measured.Training:
+    """`micro_loss` maps a micro-batch's tokens and targets to its part of the step's loss."""
     optimizer = build_optimizer(load, model, fused=True)
     parameters = list(model.parameters())
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=load.precision == "bf16")
     losses, step_seconds = [], []
     beginning = perf_counter()
 
@@ -56,8 +59,7 @@ def train(folder: Path) -> measured.Training:
             group["lr"] = load.learning_rate(step)
         step_loss = torch.zeros(())
         for tokens, targets in torch.from_numpy(batches[step]):
-            with autocast:
-                loss = model(tokens, targets) / load.tokens_per_step
+            loss = micro_loss(tokens, targets)
             loss.backward()
             step_loss += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, load.clip)
@@ -68,6 +70,20 @@ def train(folder: Path) -> measured.Training:
 
     values = torch.stack(losses).tolist()
     return measured.Training(step_seconds, values, perf_counter() - beginning)
+
+
+def train(folder: Path) -> measured.Training:
+    load, batches = workload.read(folder)
+    torch.manual_seed(load.seed)
+    model = build_model(load).train()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=load.precision == "bf16")
+
+    def micro_loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with autocast:
+            loss: torch.Tensor = model(tokens, targets) / load.tokens_per_step
+        return loss
+
+    return train_model(load, batches, model, micro_loss)
 
 
 if __name__ == "__main__":

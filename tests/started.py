@@ -19,6 +19,25 @@ from tests.small_runs import SPEC
 
 MARK = "XTRAIN_TEST_MARK"
 PRESET = "{preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}"
+ENDLESS = ["--set=train.steps=1000000", "--set=log.every_steps=1"]
+STUCK = """\
+import time
+import torch
+
+class Stuck(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(257, 257)
+        self.passes = 0
+
+    def forward(self, tokens):
+        self.passes += 1
+        while self.passes > 12: STATEMENT
+        return self.embedding(tokens)
+
+def build(**ignored):
+    return Stuck()
+"""
 LONGEST_SECONDS = 240
 """On a machine that has other work too."""
 
@@ -92,6 +111,12 @@ def training(start: Callable[..., Started], folder: Path, words: Sequence[str], 
     out = folder / "out"
     command = [sys.executable, "-m", "xtrain", "run", str(folder / "spec.yaml"), *words, "--out", str(out)]
     return start(command, out)
+
+
+def stuck_model(folder: Path, statement: str) -> str:
+    """A spec of which the model, after 12 passes, repeats the statement for ever."""
+    (folder / "stuck.py").write_text(STUCK.replace("STATEMENT", statement))
+    return SPEC.replace(PRESET, "{factory: stuck:build}")
 
 
 def nobody_is_left(started: Started) -> bool:

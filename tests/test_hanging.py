@@ -10,42 +10,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.small_runs import SPEC
-from tests.started import PRESET, Started, nobody_is_left, starting, training  # noqa: F401
+from tests.started import (  # noqa: F401
+    ENDLESS,
+    Started,
+    nobody_is_left,
+    starting,
+    stuck_model,
+    training,
+)
 
 pytestmark = pytest.mark.slow
-
-ENDLESS_MODEL = """\
-import torch
-
-class Endless(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(257, 257)
-        self.passes = 0
-
-    def forward(self, tokens):
-        self.passes += 1
-        while self.passes > 12:
-            pass
-        return self.embedding(tokens)
-
-def build(**ignored):
-    return Endless()
-"""
-HASTY = ["--set=train.steps=1000000", "--set=log.every_steps=1"]
 
 
 def test_an_endless_loop_in_a_model_is_shown_and_ended_and_the_printed_command_is_valid(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
-    (tmp_path / "endless.py").write_text(ENDLESS_MODEL)
-    spec = SPEC.replace(PRESET, "{factory: endless:build}")
-    words = ["--backend", "cpu", "--set=launch.hang_minutes=0.05", *HASTY]
-    one = training(start, tmp_path, words, spec)
+    words = ["--backend", "cpu", "--set=launch.hang_minutes=0.05", *ENDLESS]
+    one = training(start, tmp_path, words, stuck_model(tmp_path, "pass"))
     assert one.ended() == 1, one.said()
     assert "rank 0 of 1 on " in one.said()
-    assert 'endless.py", line 11 in forward' in one.said()
+    assert 'stuck.py", line 12 in forward' in one.said()
     *_, error, go_on = one.said().splitlines()
     assert error.startswith("error: no step for 3 s (launch.hang_minutes): the stacks above show where")
     assert shlex.split(go_on.removeprefix("go on with: "))[-2:] == ["--resume", str(one.out)]
@@ -54,7 +38,7 @@ def test_an_endless_loop_in_a_model_is_shown_and_ended_and_the_printed_command_i
 def test_one_stopped_rank_ends_the_run_and_every_rank_shows_where_it_stood(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
-    words = ["--backend", "deepspeed", "--nproc", "2", "--set=launch.hang_minutes=0.1", *HASTY]
+    words = ["--backend", "deepspeed", "--nproc", "2", "--set=launch.hang_minutes=0.1", *ENDLESS]
     one = training(start, tmp_path, words)
     one.wait_for("step 6/")
     workers = [process for process in one.left_behind() if "xtrain.worker" in process.cmdline()]

@@ -99,7 +99,12 @@ def test_resume_from_the_start_empties_the_log(tmp_path: Path) -> None:
 
 
 def test_resume_of_a_run_without_metrics_is_fine(tmp_path: Path) -> None:
-    MetricsLog(tmp_path / "metrics.jsonl").truncate_after(10)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.truncate_after(10)
+    log.append(step_record(11))
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert json.loads(log.path.read_text())["step"] == 11
 
 
 def test_resume_across_a_gap_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.clean_process import start_module
+from tests.jobs import free_port
 from xtrain.preflight import Facts, clock_notes, differences
-
-ARRIVING = Path(__file__).parent / "workers" / "arriving.py"
 
 
 def job(*torch_versions: str, per_host: int = 1) -> list[Facts]:
@@ -58,26 +55,29 @@ def test_a_clock_that_is_not_like_most_is_told(clocks: Sequence[float], told: li
     assert [note.partition("the clock of ")[2].partition(" the others")[0] for note in notes] == told
 
 
-def arrived(what: str) -> list[str]:
+def arrived(folder: Path, what: str) -> list[str]:
     """What two processes say, of which the second has `what` planted in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    commands = [[sys.executable, str(ARRIVING), str(rank), "2", str(port), what] for rank in (0, 1)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    return [process.communicate(timeout=120)[0].strip() for process in processes]
+    said = [folder / "0", folder / "1"]
+    port = free_port()
+    processes = [
+        start_module("tests.workers.arriving", rank, 2, port, what, said=said[rank], environ={})
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.join(120)
+    return [one.read_text().strip() for one in said]
 
 
 @pytest.mark.slow
-def test_processes_that_fit_add_up_and_a_clock_is_no_reason_to_stop() -> None:
-    first, second = arrived("late-clock")
+def test_processes_that_fit_add_up_and_a_clock_is_no_reason_to_stop(tmp_path: Path) -> None:
+    first, second = arrived(tmp_path, "late-clock")
     assert re.fullmatch(r"note: the clock of host-1 \(rank 1\) is 36\d\d s ahead of .*\nfits", first)
     assert second.endswith("\nfits")
 
 
 @pytest.mark.slow
-def test_another_spec_is_refused_by_all_and_its_host_is_named() -> None:
-    said = arrived("other-spec")
+def test_another_spec_is_refused_by_all_and_its_host_is_named(tmp_path: Path) -> None:
+    said = arrived(tmp_path, "other-spec")
     assert said[0] == said[1]
     assert re.fullmatch(
         r"2: the processes of this job differ, nothing was started:\n"
@@ -87,8 +87,8 @@ def test_another_spec_is_refused_by_all_and_its_host_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_one_that_fails_before_is_told_to_those_that_wait_for_it() -> None:
-    assert arrived("fails") == [
+def test_one_that_fails_before_is_told_to_those_that_wait_for_it(tmp_path: Path) -> None:
+    assert arrived(tmp_path, "fails") == [
         "2: rank 1 on host-1 did not begin: no such file",
         "2: no such file",
     ]

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import mounts
 from tests.small_runs import checkpoints, metrics, run, steps, weights
 from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
 from xtrain.metrics import MetricsLog
@@ -393,14 +393,8 @@ def test_differences_are_told_by_their_whole_key() -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint of this model, not for two."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("needs root, to mount a small file system")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", mount], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with mounts.small_disk(tmp_path / "disk", "1000k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(tmp_path: Path, small_disk: Path) -> None:
@@ -430,32 +424,12 @@ def test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background(
     assert run(tmp_path, "--resume", out, "--out", tmp_path / "second", backend="cpu").exit_code == 0
 
 
-@pytest.fixture
-def read_only() -> Iterator[Callable[[Path], None]]:
-    """Makes a folder read-only; for root, whom permissions do not stop, by a mount."""
-    mounted: list[Path] = []
-
-    def make(folder: Path) -> None:
-        if shutil.which("mount") is None or os.geteuid() != 0:
-            pytest.skip("needs root, to mount a folder read-only")
-        if subprocess.run(["mount", "--bind", folder, folder], check=False).returncode:
-            pytest.skip("mounting is not allowed here")
-        mounted.append(folder)
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_folder_that_became_read_only_is_told_and_costs_nothing(
-    tmp_path: Path, read_only: Callable[[Path], None], background: str
-) -> None:
+def test_a_folder_that_became_read_only_is_told_and_costs_nothing(tmp_path: Path, background: str) -> None:
     out = stopped(tmp_path, 4, backend="cpu")
     before = files(out / "checkpoints")
-    read_only(out / "checkpoints")
-    result = run(tmp_path, "--resume", out, backend="cpu", checkpoint__background=background)
+    with mounts.read_only(out / "checkpoints"):
+        result = run(tmp_path, "--resume", out, backend="cpu", checkpoint__background=background)
     assert result.exit_code == 1
     assert (
         f"step-00000008 was not saved: {os.strerror(errno.EROFS)}; earlier ones are intact" in result.stderr

@@ -15,36 +15,23 @@ import psutil
 import pytest
 
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps
-from tests.started import PRESET, Started, nobody_is_left, starting, training  # noqa: F401
+from tests.started import (  # noqa: F401
+    ENDLESS,
+    PRESET,
+    Started,
+    nobody_is_left,
+    starting,
+    stuck_model,
+    training,
+)
 from xtrain.record import load_record
 
 pytestmark = pytest.mark.slow
 
-ENDLESS = ["--set=train.steps=1000000", "--set=log.every_steps=1"]
 ALONE = ["--backend", "cpu", *ENDLESS]
 TOGETHER = ["--backend", "deepspeed", "--nproc", "2", "--set=memory.sharding=parameters", *ENDLESS]
 IN_BACKGROUND = ["--set=checkpoint.background=true", "--set=checkpoint.every_steps=1"]
 """There is hardly a moment at which no save is under way."""
-SLOW_MODEL = """\
-import time
-import torch
-
-class Slow(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(257, 257)
-        self.passes = 0
-
-    def forward(self, tokens):
-        self.passes += 1
-        if self.passes == 5:
-            print("asleep in a step", flush=True)
-            time.sleep(3600)
-        return self.embedding(tokens)
-
-def build(**ignored):
-    return Slow()
-"""
 
 
 def interrupted(one: Started, number: signal.Signals) -> int:
@@ -94,8 +81,7 @@ def test_an_interrupt_of_the_whole_group_saves_once(start: Callable[..., Started
 def test_a_second_interrupt_leaves_at_once(
     start: Callable[..., Started], tmp_path: Path, words: Sequence[str]
 ) -> None:
-    (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
-    spec = SPEC.replace(PRESET, "{factory: slow_model:build}")
+    spec = stuck_model(tmp_path, "print('asleep in a step', flush=True); time.sleep(3600)")
     one = training(start, tmp_path, [*words, "--set=memory.sharding=none"], spec)
     one.wait_for("asleep in a step")
     one.send(signal.SIGINT)
@@ -121,9 +107,7 @@ def test_a_signal_before_training_is_told_and_leaves_nothing(
     start: Callable[..., Started], tmp_path: Path, words: Sequence[str]
 ) -> None:
     (tmp_path / "slow_to_build.py").write_text(SLOW_TO_BUILD)
-    spec = SPEC.replace(
-        "{preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}", "{factory: slow_to_build:build}"
-    )
+    spec = SPEC.replace(PRESET, "{factory: slow_to_build:build}")
     one = training(start, tmp_path, [*words, "--set=memory.sharding=none"], spec)
     one.wait_for("asleep before training")
     one.send(signal.SIGTERM)

@@ -1,6 +1,6 @@
 """Drives the DeepSpeed engine through the contract, and writes down what the tests compare.
 
-    python tests/backends/deepspeed_worker.py OUT.json
+    python -m tests.backends.deepspeed_worker OUT.json
 
 or the same under torch.distributed.run. One job runs every scenario: starting one costs seconds.
 """

@@ -1,6 +1,6 @@
 """Counts what stage 3 holds on one rank: while it is built, loaded, and trained.
 
-    python tests/backends/partitioned_worker.py OUT.json
+    python -m tests.backends.partitioned_worker OUT.json
 
 under torch.distributed.run with two processes.
 """

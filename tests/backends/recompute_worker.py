@@ -1,6 +1,6 @@
 """ZeRO-3 that lets go of every parameter after each use, with and without recomputation.
 
-    python tests/backends/recompute_worker.py OUT.json
+    python -m tests.backends.recompute_worker OUT.json
 
 By default DeepSpeed keeps small parameters gathered, and a model as small as this one would never meet
 a parameter that is not there when a block is computed again.

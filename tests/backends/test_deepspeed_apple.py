@@ -8,20 +8,9 @@ from typing import Any
 import pytest
 
 from backends.deepspeed.apple import Mac, decide, mac_notes, mac_problems
-from xtrain.spec.tree import Spec
+from tests.small_specs import make_spec
 
 MAC = Mac(macos=(15, 1), torch=(2, 13, 0), deepspeed=(0, 19, 8), has_mps=True)
-
-
-def make_spec(**sections: Any) -> Spec:
-    base: dict[str, Any] = {
-        "model": {"preset": "gpt2-nano"},
-        "data": {"source": "synthetic"},
-        "batch": {"global": 8, "micro": 2},
-        "train": {"steps": 10},
-        "optimizer": {"lr": 1e-3},
-    }
-    return Spec.model_validate({**base, **sections})
 
 
 def test_a_mac_with_a_gpu_is_offered_only_when_named_and_says_that_nobody_tried_it() -> None:

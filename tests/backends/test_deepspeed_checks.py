@@ -6,29 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from backends.deepspeed.nvme import find_libaio, nvme_problems
+from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 
 BACKEND = registry.load("deepspeed")
-
-
-def make_spec(**sections: Any) -> Spec:
-    base: dict[str, Any] = {
-        "model": {"preset": "gpt2-nano"},
-        "data": {"source": "synthetic"},
-        "batch": {"global": 8, "micro": 2},
-        "train": {"steps": 10},
-        "optimizer": {"lr": 1e-3},
-    }
-    return Spec.model_validate({**base, **sections})
 
 
 def on_drive(path: Path, key: str = "optimizer") -> Spec:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from ctypes.util import find_library
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conformance.environment import ROOT, job_environment
+from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
 
 USABLE = registry.survey()["deepspeed"]
@@ -26,8 +23,6 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 540
-"""The first time DeepSpeed compiles its operator, which takes minutes on a small machine."""
 KINDS = ("optimizer", "parameters", "both")
 
 
@@ -35,18 +30,8 @@ KINDS = ("optimizer", "parameters", "both")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("drive")
     (folder / "nvme").mkdir()
-    program = ["-m", "tests.backends.drive_worker", str(folder / "out.json")]
-    environment = {**job_environment(1), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *program, str(folder / "nvme")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(Path(folder / "out.json").read_text())
+    run_job(1, "tests.backends.drive_worker", folder / "out.json", folder / "nvme", **ON_THE_CPU)
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return found
 
 

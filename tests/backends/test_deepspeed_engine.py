@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.backends import deepspeed_worker as worker
+from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
 
 USABLE = registry.survey()["deepspeed"]
@@ -26,8 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not USABLE.usable, reason=USABLE.reason),
 ]
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 240
 TOLERANCE = 1e-5
 """Relative, fp32; measured: 1.4e-7."""
 WORLDS = (1, 2)
@@ -41,21 +36,13 @@ EVERYWHERE = [
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What the worker wrote, by world size."""
-    return {world: start_job(world, tmp_path_factory.mktemp("deepspeed") / "out.json") for world in WORLDS}
-
-
-def start_job(world: int, out: Path) -> dict[str, Any]:
-    program = [str(ROOT / "tests" / "backends" / "deepspeed_worker.py"), str(out)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command = [sys.executable, *(launcher if world > 1 else []), *program]
-    # On the CPU wherever it runs: the plain loop beside it does.
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report: dict[str, Any] = json.loads(out.read_text())
-    return report
+    found = {}
+    for world in WORLDS:
+        out = tmp_path_factory.mktemp("deepspeed") / "out.json"
+        # On the CPU wherever it runs: the plain loop beside it does.
+        run_job(world, "tests.backends.deepspeed_worker", out, **ON_THE_CPU)
+        found[world] = json.loads(out.read_text())
+    return found
 
 
 @dataclass

@@ -11,35 +11,23 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner
 
+from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
-from xtrain.spec.tree import Spec
 from xtrain.translate import find_translator
 from xtrain.translation import placed
 
 BACKEND = registry.load("deepspeed")
 
 
-def make_spec(overrides: dict[str, Any], **sections: Any) -> Spec:
-    base: dict[str, Any] = {
-        "model": {"preset": "gpt2-nano"},
-        "data": {"source": "synthetic"},
-        "batch": {"global": 8, "micro": 2},
-        "train": {"steps": 10},
-        "optimizer": {"lr": 1e-3},
-        "deepspeed": overrides,
-    }
-    return Spec.model_validate({**base, **sections})
-
-
 def config_with(overrides: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    spec = make_spec(overrides, **sections)
+    spec = make_spec(deepspeed=overrides, **sections)
     assert BACKEND.problems(spec, 1) == []
     return cast(dict[str, Any], BACKEND.resolve(spec, 1).settings["ds_config"])
 
 
 def problems_with(overrides: dict[str, Any], **sections: Any) -> list[str]:
-    return [str(problem) for problem in BACKEND.problems(make_spec(overrides, **sections), 1)]
+    return [str(problem) for problem in BACKEND.problems(make_spec(deepspeed=overrides, **sections), 1)]
 
 
 def test_an_override_replaces_what_was_derived_and_leaves_the_rest() -> None:
@@ -292,7 +280,7 @@ def test_a_dotted_name_is_no_section() -> None:
 
 def override_messages(overrides: dict[str, Any], world: int = 1, **sections: Any) -> list[str]:
     translator = find_translator("deepspeed")
-    spec = make_spec(overrides, **sections)
+    spec = make_spec(deepspeed=overrides, **sections)
     return [str(problem) for problem in translator.override_problems(spec, world)]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.backends.partitioned_worker import make_spec
-from tests.conformance.environment import ROOT, job_environment
+from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
 from xtrain.models.presets import dimensions
 
@@ -26,14 +23,8 @@ LARGEST_BYTES = 4 * dimensions(make_spec()).hidden ** 2 * FP32_BYTES
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("partitioned") / "out.json"
-    program = [str(ROOT / "tests" / "backends" / "partitioned_worker.py"), str(out)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**job_environment(2), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *program], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(Path(out).read_text())
+    run_job(2, "tests.backends.partitioned_worker", out, **ON_THE_CPU)
+    found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 

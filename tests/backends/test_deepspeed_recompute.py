@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.conformance.environment import ROOT, job_environment
+from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
 
 USABLE = registry.survey()["deepspeed"]
@@ -17,22 +15,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not USABLE.usable, reason=USABLE.reason),
 ]
-TIMEOUT_SECONDS = 240
 WAYS = ["each", "groups", "ops"]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("recompute") / "out.json"
-    on_the_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "backends" / "recompute_worker.py"), str(out)],
-        env={**job_environment(1), **on_the_cpu},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_job(1, "tests.backends.recompute_worker", out, **ON_THE_CPU)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any, cast
 
 import pytest
 
 from tests.conformance.cases import Case
-from tests.conformance.environment import ROOT, job_environment
+from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
 from xtrain.schedule import learning_rate
 from xtrain.spec.check import check_spec
@@ -72,17 +70,8 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
         for name, spec in specs.items()
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    script = ["-m", "tests.backends.standalone_script", str(folder / "cases.json"), str(folder / "out.json")]
-    done = subprocess.run(
-        [sys.executable, *launcher, *script],
-        cwd=ROOT,
-        env={**job_environment(WORLD), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    script = "tests.backends.standalone_script"
+    run_job(WORLD, script, folder / "cases.json", folder / "out.json", **ON_THE_CPU)
     found = json.loads((folder / "out.json").read_text())
     return {name: dict(zip(CASES, found[name], strict=True)) for name in found}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.backends.stored_worker import MIDDLE, STEPS, spec_of
-from tests.conformance.environment import ROOT, job_environment
 from tests.conformance.resume_worker import run_leg
+from tests.jobs import run_job
 from xtrain.checkpoints.export import export
 from xtrain.checkpoints.foreign import Form, import_state
 from xtrain.checkpoints.format import Checkpoint, complete_checkpoints
@@ -23,7 +21,6 @@ from xtrain.spec import dump_spec
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 300
 SAVED = ((0, 1), (1, 2), (3, 2))
 """Stage and processes of DeepSpeed's own checkpoints."""
 LOADED = (1, 2, 3)
@@ -52,17 +49,7 @@ class Jobs:
         place = self.folder / f"job-{world}"
         place.mkdir()
         (place / "plan.json").write_text(json.dumps(plan))
-        module = ["-m", "tests.backends.stored_worker", str(place / "plan.json"), str(place / "losses.json")]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        done = subprocess.run(
-            [sys.executable, *(launcher if world > 1 else []), *module],
-            cwd=ROOT,
-            env=job_environment(world),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_job(world, "tests.backends.stored_worker", place / "plan.json", place / "losses.json")
         found: dict[str, list[float]] = json.loads((place / "losses.json").read_text())
         return found
 

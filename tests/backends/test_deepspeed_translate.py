@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.imports import import_file
 from xtrain.spec import Spec, load_spec
@@ -37,14 +38,7 @@ for world, config in json.load(sys.stdin):
 
 
 def translated(world: int = 1, **sections: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "model": {"preset": "gpt2-nano"},
-        "data": {"source": "synthetic"},
-        "batch": {"global": 8, "micro": 2},
-        "train": {"steps": 1},
-        "optimizer": {"lr": 1e-3},
-    }
-    spec = Spec.model_validate({**base, **sections})
+    spec = make_spec(**sections)
     return cast(dict[str, Any], BACKEND.resolve(spec, world).settings["ds_config"])
 
 
@@ -108,16 +102,7 @@ def test_every_value_is_concrete_and_the_same_every_time() -> None:
 
 
 def test_the_ds_config_is_left_in_the_run_directory() -> None:
-    spec = Spec.model_validate(
-        {
-            "model": {"preset": "gpt2-nano"},
-            "data": {"source": "synthetic"},
-            "batch": {"global": 8},
-            "train": {"steps": 1},
-            "optimizer": {"lr": 1e-3},
-        }
-    )
-    resolved = BACKEND.resolve(spec, 1)
+    resolved = BACKEND.resolve(make_spec(), 1)
     assert resolved.files["ds_config.json"] == resolved.settings["ds_config"]
 
 

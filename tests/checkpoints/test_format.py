@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests import mounts
 from xtrain.checkpoints import writer
 from xtrain.checkpoints.format import (
     MANIFEST,
@@ -382,15 +382,8 @@ def test_a_state_without_tensors_needs_no_torch(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("needs root, to mount a small file system")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with mounts.small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_an_oserror_that_costs_nothing_already_there(small_disk: Path) -> None:

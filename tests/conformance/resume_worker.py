@@ -23,6 +23,7 @@ from xtrain.contract import Job, ModelSource
 from xtrain.data import open_data
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
+from xtrain.job import join
 from xtrain.loop import Loop
 from xtrain.models.source import model_source
 from xtrain.schedule import learning_rate
@@ -79,12 +80,7 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
 def main() -> None:
     warnings.filterwarnings("ignore")
     plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    job = Job(
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    job = join(os.environ) or Job()
     results = {leg["name"]: run_leg(leg, job) for leg in plan}
     if job.rank == 0:
         (out / "results.json").write_text(json.dumps(results))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conformance.environment import job_environment
+from tests.jobs import job_environment
 from xtrain.metrics import read_metrics
 from xtrain.record import load_record
 

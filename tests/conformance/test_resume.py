@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,13 +13,12 @@ import pytest
 import torch
 
 from tests.conformance.cases import FP16, SGD_UNCLIPPED, SHARDING, STEPS, Lane, Training
-from tests.conformance.environment import ROOT, job_environment
 from tests.conformance.plain import train
+from tests.jobs import run_job
 from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_SECONDS = 600
 TOLERANCE = 1e-5
 """Relative, in fp32, against the uninterrupted plain run."""
 
@@ -139,18 +136,7 @@ class Runs:
         out = self.folder / f"{name}-{world}"
         out.mkdir()
         (out / "plan.json").write_text(json.dumps(plan))
-        module = ["-m", "tests.conformance.resume_worker", str(out / "plan.json"), str(out)]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        command = [sys.executable, *(launcher if world > 1 else []), *module]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=job_environment(world),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_job(world, "tests.conformance.resume_worker", out / "plan.json", out)
         results: Results = json.loads((out / "results.json").read_text())
         return results
 

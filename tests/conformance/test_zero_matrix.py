@@ -25,9 +25,9 @@ from tests.conformance.cases import (
     Lane,
     Training,
 )
-from tests.conformance.environment import ROOT
 from tests.conformance.plain import Curve, train
 from tests.conformance.test_parity import FP32_TOLERANCE, MIXED_TOLERANCE
+from tests.jobs import ROOT
 from xtrain import registry
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec

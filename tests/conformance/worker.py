@@ -24,6 +24,7 @@ from xtrain import registry
 from xtrain.contract import Engine, Job, ModelSource
 from xtrain.data import open_data
 from xtrain.guards import Guards
+from xtrain.job import join
 from xtrain.loop import Loop
 from xtrain.metrics import StepRecord
 from xtrain.models.source import model_source
@@ -130,12 +131,7 @@ def _keep_weights(engine: Engine, job: Job, path: Path) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    job = Job(
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    job = join(os.environ) or Job()
     results = {case["name"]: run_case(case, job, out) for case in cases}
     if job.rank == 0:
         (out / "results.json").write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""`python arriving.py RANK WORLD PORT WHAT`: one process of a preflight; prints how it went.
+"""`python -m tests.workers.arriving RANK WORLD PORT WHAT`: one process of a preflight; prints how it went.
 
 WHAT: `fits`; `other-spec` and `late-clock`, planted in rank 1; `fails`, which rank 1 does before.
 """

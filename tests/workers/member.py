@@ -1,7 +1,8 @@
 """A worker for the tests of launching: `python -m member RECORDS BEHAVIOUR [RANK]`.
 
-It joins its job, sums something over all ranks, writes what it saw to RECORDS/RANK.json and then behaves
-as told; with RANK only that rank does, and the others wait in a reduction for it.
+It joins its job, sums something over all ranks unless it only waits, writes what it saw to
+RECORDS/RANK.json and behaves as told; with RANK only that rank does, and the others wait in a reduction
+for it.
 """
 
 from __future__ import annotations
@@ -36,12 +37,23 @@ def write(**facts: object) -> None:
 
 def finish_and_save(number: int, frame: FrameType | None) -> None:
     write(saved=signal.Signals(number).name)
-    dist.destroy_process_group()
     sys.exit(75)
 
 
+# What needs no other rank begins without torch: importing it takes seconds.
 if behaviour == "waits-before-training":
     write()
+    time.sleep(60)
+elif behaviour == "saves-when-asked":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, finish_and_save)
+    write(ready=True)
+    time.sleep(60)
+elif behaviour == "never-listens":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    helper = subprocess.Popen(["sleep", "60"])
+    write(ready=True, helper=helper.pid)
     time.sleep(60)
 
 import torch  # noqa: E402
@@ -74,14 +86,3 @@ elif behaviour in ("dies", "dies-once"):
     with (records / "died.json").open("a") as file:
         file.write(f"{job.rank}\n")
     os.kill(os.getpid(), signal.SIGKILL)
-elif behaviour == "saves-when-asked":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, finish_and_save)
-    write(ready=True)
-    time.sleep(60)
-elif behaviour == "never-listens":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    helper = subprocess.Popen(["sleep", "60"])
-    write(ready=True, helper=helper.pid)
-    time.sleep(60)
