@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xtrain.contract import Counter, Engine, ModelSource, Resolved
+from xtrain.contract import Counter, Engine, Resolved
 from xtrain.data import Dataset
 from xtrain.loop import WARMUP_STEPS, Loop
 from xtrain.machine import environment, resident_bytes
 from xtrain.metrics import MetricsLog, StepRecord, read_metrics
+from xtrain.models.source import NotedSource
 from xtrain.progress import Progress
 from xtrain.record import (
     DataFacts,
     Evaluation,
     LossFacts,
+    MatmulFacts,
     ModelFacts,
     Predicted,
     RankMemory,
@@ -76,7 +78,7 @@ class Facts:
 
     resolved: Resolved
     data: Dataset
-    model: ModelSource
+    model: NotedSource
     engine: Engine
     predicted: Predicted
 
@@ -101,6 +103,7 @@ def make_record(
     seconds: float,
     memory: list[RankMemory],
     start: int,
+    matmul: MatmulFacts | None = None,
 ) -> RunRecord:
     """record.json, from the run directory's own metrics.jsonl and the facts.
 
@@ -121,12 +124,18 @@ def make_record(
         data=DataFacts(
             description=facts.data.description, hash=facts.data.content_hash, portable=facts.data.portable
         ),
-        model=ModelFacts(description=facts.model.description, parameters=facts.engine.parameter_count),
+        model=ModelFacts(
+            description=facts.model.description,
+            parameters=facts.engine.parameter_count,
+            layers=facts.model.shape[0] if facts.model.shape else None,
+            hidden=facts.model.shape[1] if facts.model.shape else None,
+        ),
         totals=Totals.of(steps, seconds),
         loss=LossFacts.of(steps),
         eval=Evaluation.of(steps),
         speed=measure_speed([s for s in steps if s.step > start], WARMUP_STEPS),
         time_split=split_time(steps),
+        matmul=matmul,
         memory=memory,
         predicted=facts.predicted.model_dump(mode="json"),
     )

@@ -19,6 +19,7 @@ from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
+from xtrain.matmul import gather_matmul
 from xtrain.models.source import NotedSource, model_source
 from xtrain.plan.predict import predict
 from xtrain.preflight import host_name, known, preflight, told_to_others
@@ -230,10 +231,11 @@ class Run:
         memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)
         # After an error the other ranks may be gone: then only this one's memory is known.
         ranks = gather_memory(self.facts.engine, memory) if ended.error is None else [memory]
+        matmul = gather_matmul(self.facts.engine, seconds) if ended.error is None else None
         if self.directory is None:
             return
         record = make_record(
-            self.facts, self.directory, ended.status, ended.failure, seconds, ranks, self.begin.step
+            self.facts, self.directory, ended.status, ended.failure, seconds, ranks, self.begin.step, matmul
         )
         try:
             write_record(self.directory.record, record)

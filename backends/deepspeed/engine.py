@@ -34,9 +34,11 @@ from xtrain.contract import (
     Trace,
 )
 from xtrain.ledger import count_bytes
+from xtrain.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
+from ..yardstick import matmul_peak
 from . import state
 from .construct import bound_gathering, build
 from .drive import Drive
@@ -226,6 +228,9 @@ class DeepSpeedEngine:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    def matmul_peak(self) -> MatmulPeak | None:
+        return matmul_peak(self.device, self.spec.precision.dtype, self.synchronize)
 
     def close(self) -> None:
         self._votes.close()

@@ -27,9 +27,11 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
+from xtrain.matmul import MatmulPeak
 from xtrain.spec.tree import Spec
 from xtrain.techniques.compiled import FirstStep, uncompiled
 
+from ..yardstick import matmul_peak
 from . import state
 from .activations import activations_on_host
 from .assemble import assemble
@@ -181,6 +183,9 @@ class ManualEngine:
     def synchronize(self) -> None:
         for device in self.devices:
             device.synchronize()
+
+    def matmul_peak(self) -> MatmulPeak | None:
+        return matmul_peak(self.home, self.precision.dtype, self.synchronize)
 
     def close(self) -> None:
         self.weights.clear_gradients()

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from xtrain.spec.tree import AdamW, Spec
 from xtrain.techniques.checkpointing import groups, recomputes
 
+from ..dtypes import DTYPES
 from .chain import try_sequence
-from .precision import DTYPES
 from .support import offload_of
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from xtrain.spec.tree import Precision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ..dtypes import DTYPES
 
 
 @contextmanager

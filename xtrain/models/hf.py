@@ -47,6 +47,7 @@ class HuggingFaceSource:
             self.config.use_cache = self.text.use_cache = (
                 False  # keys and values are kept for generation only
             )
+            self.shape = (int(self.text.num_hidden_layers), int(self.text.hidden_size))
             self.description = (
                 f"{spec.model.hf}, {self.text.num_hidden_layers} layers x {self.text.hidden_size}, "
                 f"vocabulary {self.text.vocab_size}, {'stored' if self.has_weights else 'initial'} weights"

@@ -34,6 +34,10 @@ class StoredStart:
         self.description = f"{source.description}, from {path}"
 
     @property
+    def shape(self) -> tuple[int, int] | None:
+        return self.source.shape
+
+    @property
     def notes(self) -> Sequence[str]:
         return self.source.notes
 

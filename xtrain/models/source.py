@@ -31,6 +31,11 @@ class NotedSource(ModelSource, Protocol):
     """A source that can say more of the model than its description."""
 
     @property
+    def shape(self) -> tuple[int, int] | None:
+        """(layers, width), where it tells them."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """What a person should know about the model that was built, a sentence each; after `build`."""
         ...
@@ -73,6 +78,7 @@ class PresetSource:
                 f"set model.vocab_size to {data_vocab_size} or more"
             )
         self.size = size
+        self.shape = (size.layers, size.hidden)
         self.description = (
             f"{spec.model.preset}, {size.layers} layers x {size.hidden}, vocabulary {size.vocab_size}"
         )
@@ -114,6 +120,7 @@ class FactorySource:
     """
 
     notes = ()
+    shape = None
 
     def __init__(self, spec: Spec) -> None:
         self.seed = spec.train.seed
