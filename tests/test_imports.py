@@ -70,6 +70,7 @@ BAD: list[tuple[str | bytes, str]] = [
     (f'{{{BATCH}, "gradient_accumulation_steps": {2**62}, "train_micro_batch_size_per_gpu": 8}}', "expected"),
     (f'{{"gradient_accumulation_steps": {2**62}, "train_micro_batch_size_per_gpu": 8}}', "batch.global"),
     (f'{{{BATCH}, "fp16": true}}', "fp16: found true, expected a section"),
+    (f'{{{BATCH}, "fp16": "auto"}}', "fp16: found 'auto', expected a section"),
     (f'{{{BATCH}, "gradient_clipping": -1}}', "gradient_clipping: found -1, expected a number >= 0"),
     (f'{{{BATCH}, "optimizer": {{"type": 3}}}}', "optimizer.type: found 3, expected text"),
     (

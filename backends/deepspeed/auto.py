@@ -13,6 +13,8 @@ from xtrain.spec.fits import is_number
 from xtrain.spec.problems import shown
 from xtrain.training_arguments import warmup_steps
 
+from .overrides import is_section
+
 ARGUMENTS: dict[str, tuple[str, Any]] = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", 8),
     "gradient_accumulation_steps": ("gradient_accumulation_steps", 1),
@@ -64,7 +66,7 @@ def resolve_auto(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> Fille
             found.values[key] = {name.removeprefix(f"{key}."): one for name, one in below.values.items()}
             found.chosen.update(below.chosen)
             found.left_open.extend(below.left_open)
-        elif value != "auto":
+        elif value != "auto" or is_section(key):
             found.values[key] = value
         else:
             _fill(key, arguments, found)

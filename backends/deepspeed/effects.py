@@ -73,7 +73,14 @@ SWAPPED = Condition(
     "set memory.offload.optimizer: {device: nvme, path: ...}",
 )
 
+LOUD = Condition(
+    lambda spec: (spec.deepspeed or {}).get("log_level") in ("debug", "info"),
+    "expected only with log_level: info, as DeepSpeed's messages are off otherwise",
+    "set deepspeed.log_level",
+)
+
 READ_WHEN: dict[str, Condition] = {
+    **dict.fromkeys(("comms_logger", "dump_state", "steps_per_print"), LOUD),
     **{
         f"{ZERO}.offload_optimizer.{key}": OPTIMIZER_SWAPPED
         for key in ("buffer_count", "fast_init", "pipeline_read", "pipeline_write")

@@ -128,8 +128,8 @@ def require_fp16(device: torch.device) -> None:
 
 def announce_compilation(spec: Spec) -> None:
     """Say so where DeepSpeed is about to compile for a while, in silence."""
-    with redirect_stdout(io.StringIO()):
-        from deepspeed.git_version_info import installed_ops
+    from deepspeed.git_version_info import installed_ops
+
     ready = [name for name, is_installed in installed_ops.items() if is_installed]
     announce(needed(spec, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"), ready, say)
 

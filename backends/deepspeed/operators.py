@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,17 @@ def _default_root() -> Path:
 
 
 def _is_compiled(name: str) -> bool:
-    """For this Python, as far as the folder's name tells."""
+    """By this Python, from this DeepSpeed: what another environment left in the same folder is made anew."""
     ours = f"py{sys.version_info.major}{sys.version_info.minor}"
     chosen = "TORCH_EXTENSIONS_DIR" in os.environ
     places = [one for one in folders() if chosen or one.name.startswith(ours)]
-    return any((place / name / f"{name}.so").exists() for place in places)
+    return any(_is_from_here(place / name, f"{name}.so") for place in places)
+
+
+def _is_from_here(folder: Path, library: str) -> bool:
+    """Whether the library is there, and its recipe names the sources of the DeepSpeed that is installed."""
+    found = find_spec("deepspeed")
+    recipe = folder / "build.ninja"
+    if not (folder / library).exists() or not recipe.exists() or found is None or found.origin is None:
+        return False
+    return str(Path(found.origin).parent) in recipe.read_text(encoding="utf-8", errors="replace")

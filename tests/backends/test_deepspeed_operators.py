@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def compiled(folder: Path, name: str) -> None:
+def compiled(folder: Path, name: str, sources: Path) -> None:
     (folder / name).mkdir()
     (folder / name / f"{name}.so").touch()
+    (folder / name / "build.ninja").write_text(f"build shm.o: compile {sources}/ops/csrc/cpu/comm/shm.cpp\n")
+
+
+def installed_deepspeed() -> Path:
+    found = find_spec("deepspeed")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent
 
 
 def said(names: list[str], installed: tuple[str, ...] = ()) -> list[str]:
@@ -40,8 +49,13 @@ def test_a_folder_without_its_library_is_not_compiled(folder: Path) -> None:
     assert len(said([SHARED_MEMORY])) == 1
 
 
+def test_what_another_environment_compiled_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    compiled(folder, SHARED_MEMORY, tmp_path / "other" / "deepspeed")
+    assert len(said([SHARED_MEMORY])) == 1
+
+
 def test_nothing_is_said_of_what_is_compiled_or_came_with_deepspeed(folder: Path) -> None:
-    compiled(folder, SHARED_MEMORY)
+    compiled(folder, SHARED_MEMORY, installed_deepspeed())
     assert said([SHARED_MEMORY]) == []
     assert said([FILES], installed=(FILES,)) == []
     assert said([]) == []

@@ -43,7 +43,8 @@ def test_an_override_adds_what_is_not_there() -> None:
     overrides = {"zero_optimization": {"round_robin_gradients": True}}
     zero = config_with(overrides, memory={"sharding": "gradients"})["zero_optimization"]
     assert zero["round_robin_gradients"] is True
-    assert config_with({"comms_logger": {"enabled": True}})["comms_logger"] == {"enabled": True}
+    loud = {"log_level": "info", "comms_logger": {"enabled": True}}
+    assert config_with(loud)["comms_logger"] == {"enabled": True}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,14 @@ def test_what_would_have_no_effect_is_told_where_it_has_none(
     assert message.startswith(f"deepspeed.{key}: found ")
     assert "it has no effect here; leave it out, or set memory." in message
     assert override_messages(overrides_at(key, value), **with_) == []
+
+
+def test_what_deepspeed_only_logs_has_no_effect_while_its_messages_are_off() -> None:
+    assert override_messages({"steps_per_print": 5}) == [
+        "deepspeed.steps_per_print: found 5, expected only with log_level: info, as DeepSpeed's messages are "
+        "off otherwise: it has no effect here; leave it out, or set deepspeed.log_level"
+    ]
+    assert override_messages({"steps_per_print": 5, "log_level": "info"}) == []
 
 
 def test_weights_of_16_bits_are_sharded_and_take_overrides_of_stage_1() -> None:
