@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
-from xtrain.compare import compare
+from xtrain.cli import main
+from xtrain.compare import Turns, compare
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane, LaneEnd, parse_lanes, run_lane, xtrain_run
 from xtrain.metrics import StepRecord
@@ -244,6 +246,61 @@ def test_text_from_records_is_no_markup_in_a_report(tmp_path: Path) -> None:
     text = render_markdown(compared(tmp_path, cpu={"environment": environment, "threads": None}))
     assert r"&lt;img src=x&gt; \| \[a\](b) \[2J" in text
     assert "\x1b" not in text
+
+
+# --- turns --------------------------------------------------------------------------------------
+
+
+def test_lanes_take_turns_and_every_other_round_goes_backwards() -> None:
+    turns = Turns([Lane("a"), Lane("b"), Lane("c")], repeats=3)
+    order = ""
+    for lane, _ in turns:
+        turns.took(lane, FINISHED, Path())
+        order += lane.name
+    assert order == "abccbaabc"
+
+
+def test_a_lane_that_did_not_finish_has_no_further_turns() -> None:
+    turns = Turns([Lane("a"), Lane("b")], repeats=3)
+    order = ""
+    for lane, _ in turns:
+        turns.took(lane, LaneEnd("failed", "full", 1.0) if lane.name == "b" else FINISHED, Path())
+        order += lane.name
+    assert order == "abaa"
+
+
+def test_the_time_left_is_told_once_every_lane_has_run() -> None:
+    turns = Turns([Lane("a"), Lane("b")], repeats=2)
+    said = []
+    for lane, repeat in turns:
+        said.append(turns.progress(lane, repeat))
+        turns.took(lane, LaneEnd("finished", None, 10.0 if lane.name == "a" else 30.0), Path())
+    assert said == [
+        "run 1 of 4: a, repeat 1 of 2",
+        "run 2 of 4: b, repeat 1 of 2",
+        "run 3 of 4, about 40 s left: b, repeat 2 of 2",
+        "run 4 of 4, about 10 s left: a, repeat 2 of 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ladder", "--vary", "precision=fp32,bf16"], "--ladder and --vary: expected one of them"),
+        (["--vary", "batch.micro=8,7"], "batch.micro"),
+        (["--vary", "batch.mirco=8"], "batch.mirco"),
+        (["--repeats", "0"], "--repeats"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_before_anything_starts(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    command = ["compare", str(quickstart), "--backends", "null", "--out", str(tmp_path / "out"), *words]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --- the command, with stubs for lanes ------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from tests.sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
 from xtrain.metrics import StepRecord
-from xtrain.record import CounterFacts, StepPeaks
+from xtrain.record import CounterFacts, MatmulFacts, ModelFacts, StepPeaks
 from xtrain.summary import clean, format_bytes, format_counter, largest, plural, render_summary
 
 WHOLE = """\
@@ -105,3 +105,15 @@ def test_plurals() -> None:
 
 def test_text_from_a_record_cannot_steer_the_terminal() -> None:
     assert clean("a\x1b[31mred\r\nline\u202e") == "a [31mred line"
+
+
+def test_the_model_s_operations_stand_beside_what_a_matrix_product_reaches() -> None:
+    record = sample_record(
+        matmul=MatmulFacts(dtype="bf16", flops_per_second=1e11),
+        spec={"batch": {"global": 8}, "data": {"seq_len": 125}},
+        model=ModelFacts(description="gpt2-nano", parameters=1_000_000, layers=4, hidden=128),
+    )
+    line = render_summary(record, Path("out")).splitlines()[5]
+    assert line.strip() == (
+        "16.0 samples/s, 0.0135 TFLOP/s of the model, 14% of the 0.1 that a bf16 matrix product reaches (MFU)"
+    )

@@ -69,7 +69,7 @@ class Lane:
     @property
     def folder(self) -> str:
         """The name without what a file system or a shell might not take."""
-        return re.sub(r"[^\w.=+]+", "-", self.name).strip("-")
+        return re.sub(r"[^\w.=]+", "-", self.name).strip("-")
 
 
 LaneCommand: TypeAlias = Callable[[Lane, Path, Path, Sequence[str]], list[str]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from xtrain.flops import field_speed
 from xtrain.record import CounterFacts, Predicted, RankMemory, RunRecord, prediction
 from xtrain.speed import PHASES, Speed, TimeSplit
 
@@ -28,6 +29,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         ("loss", _loss(record)),
         *([("held-out loss", _evaluation(record))] if record.eval else []),
         ("speed", format_speed(record.speed)),
+        *_utilisation(record),
         *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
         *_step_peaks(record),
         ("time", _time(record.time_split)),
@@ -142,6 +144,17 @@ def _evaluation(record: RunRecord) -> str:
     found = record.eval
     lowest = f" (lowest {found.min:.4f} at step {found.min_step:,})" if found.min < found.last else ""
     return f"{found.last:.4f} at step {found.last_step:,}{lowest}"
+
+
+def _utilisation(record: RunRecord) -> list[tuple[str, str]]:
+    """Where the device's matrix product was measured: the model's operations beside it."""
+    if record.speed is None or record.matmul is None:
+        return []
+    found = field_speed(record, record.speed.tokens_per_second)
+    samples = f"{found.samples_per_second:,.1f} samples/s, " if found.samples_per_second else ""
+    model, peak = (found.flops_per_second or 0.0) / 1e12, record.matmul.flops_per_second / 1e12
+    reached = f"{model:.3g} TFLOP/s of the model, {found.utilisation or 0.0:.0%} of the {peak:.3g} that a"
+    return [("", f"{samples}{reached} {clean(record.matmul.dtype)} matrix product reaches (MFU)")]
 
 
 def _memory(ranks: Sequence[RankMemory], key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
+from xtrain.flops import FieldSpeed
 from xtrain.lanes import Outcome
 from xtrain.metrics import Natural
 from xtrain.record import CounterFacts, Evaluation, JsonObject, LossFacts, MatmulFacts, Part, Status
@@ -13,19 +14,6 @@ from xtrain.speed import Speed, TimeSplit
 
 Tone: TypeAlias = Literal["good", "bad", "plain"]
 Topic: TypeAlias = Literal["losses", "speed", "memory", "bottleneck", "choice"]
-
-
-class FieldSpeed(Part):
-    """Speed in the field's terms (xtrain/flops.py). What cannot be known is None."""
-
-    samples_per_second: float | None
-    flops_per_token: float | None
-    attention_counted: bool
-    """Whether the model's layers and width are known, so that 12 L H T is in it."""
-    flops_per_second: float | None
-    utilisation: float | None
-    """MFU against the measured matrix product."""
-    datasheet_utilisation: float | None
 
 
 class Curve(Part):

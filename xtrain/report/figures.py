@@ -8,15 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
-from xtrain.flops import flops_per_token
+from xtrain.flops import field_speed
 from xtrain.metrics import StepRecord
-from xtrain.record import RankMemory, RunRecord
+from xtrain.record import RankMemory, RunRecord, prediction
 from xtrain.report.agreement import Agreement, Difference, agreement, largest_difference
-from xtrain.report.comparison import Curve, FieldSpeed, Figures
+from xtrain.report.comparison import Curve, Figures
 from xtrain.report.runs import Run
 from xtrain.report.unlike import has_dropout
 from xtrain.speed import PHASES, Speed, TimeSplit
-from xtrain.summary import COUNTERS, fullest_step, largest
+from xtrain.summary import COUNTERS, fullest_step, largest, predicted_at
 
 CURVE_POINTS = 400
 """A page shows no more, and a report of thirty lanes stays small."""
@@ -32,6 +32,7 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
     memory = [rank for run in runs for rank in run.record.memory]
     speeds = [speed for run in runs if (speed := sound_speed(run.record.speed))]
     middle = sorted(speeds, key=lambda speed: speed.tokens_per_second)[(len(speeds) - 1) // 2 :][:1]
+    peaks = _step_peaks(memory)
     figures = Figures(
         backend=record.backend,
         world=record.world,
@@ -57,14 +58,14 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         unmatched_steps=len(_with_loss(first) ^ _with_loss(expected)),
         speed=middle[0] if middle else None,
         repeat_rates=[speed.tokens_per_second for speed in speeds],
-        field_speed=_field_speed(first, middle[0].tokens_per_second) if middle else None,
+        field_speed=field_speed(record, middle[0].tokens_per_second) if middle else None,
         matmul=record.matmul,
         time_split=_mean_split([run.record.time_split for run in runs if run.record.time_split]),
         live=largest(memory, "live"),
         reserved=largest(memory, "reserved"),
         rss=largest(memory, "rss"),
-        step_peaks=_step_peaks(memory),
-        predicted=predicted_categories(record),
+        step_peaks=peaks,
+        predicted=_predicted(record, list(peaks)),
         loss_curve=_curve(first.steps, lambda step: step.loss),
         memory_curves=_memory_curves(first.steps),
     )
@@ -81,13 +82,10 @@ def sound_speed(speed: Speed | None) -> Speed | None:
     return speed if all(0 < rate < LARGEST_RATE for rate in rates) else None
 
 
-def predicted_categories(record: RunRecord) -> dict[str, int] | None:
-    """What the planner said of the fullest place, by category; None where it said nothing that we know."""
-    places = (record.predicted or {}).get("peak_bytes")
-    if not isinstance(places, dict):
-        return None
-    found = [held for held in map(_categories, (places, *places.values())) if held]
-    return max(found, key=lambda held: sum(held.values()), default=None)
+def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, int] | None:
+    """By category, at the fullest of `places`, which stands first; None where nothing was predicted there."""
+    found = predicted_at(places[0], prediction(record)) if places else None
+    return _categories(found) if found else None
 
 
 def _categories(held: Any) -> dict[str, int]:
@@ -133,33 +131,6 @@ def _repeat_difference(runs: Sequence[Run]) -> Difference | None:
     """The largest difference of a repeat's losses from those of the first."""
     found = [largest_difference(run.steps, runs[0].steps, "loss") for run in runs[1:]]
     return max((one for one in found if one), key=lambda one: one.relative, default=None)
-
-
-def _field_speed(run: Run, tokens_per_second: float) -> FieldSpeed | None:
-    record = run.record
-    per_step = [step.tokens for step in run.steps if step.tokens]
-    sequences = _number(record.spec, "batch", "global")
-    seq_len = _number(record.spec, "data", "seq_len")
-    layers, hidden = record.model.layers or 0, record.model.hidden or 0
-    flops = flops_per_token(record.model.parameters, layers, hidden, seq_len or 0) or None
-    rate = flops * tokens_per_second if flops else None
-    matmul = record.matmul
-    return FieldSpeed(
-        samples_per_second=sequences * tokens_per_second / fmean(per_step)
-        if sequences and per_step
-        else None,
-        flops_per_token=flops,
-        attention_counted=bool(layers and hidden and seq_len),
-        flops_per_second=rate,
-        utilisation=rate / matmul.flops_per_second if rate and matmul else None,
-        datasheet_utilisation=rate / matmul.datasheet if rate and matmul and matmul.datasheet else None,
-    )
-
-
-def _number(spec: dict[str, Any], section: str, key: str) -> int | None:
-    found = spec.get(section)
-    value = found.get(key) if isinstance(found, dict) else None
-    return value if isinstance(value, int) and 0 < value < 1 << 31 else None
 
 
 def _mean_split(splits: Sequence[TimeSplit]) -> TimeSplit | None:

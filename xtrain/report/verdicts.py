@@ -25,6 +25,7 @@ WAITING_SHARES = {
 }
 """By phase: from what share of a step on it is the bottleneck, in words, and what to try."""
 GOOD_UTILISATION = 0.40
+GREAT_NOISE = 0.10
 LITTLE_MEMORY = 0.02
 """Relative; a smaller difference of two peaks decides nothing."""
 
@@ -144,7 +145,8 @@ def _rate(figures: Figures) -> float:
 def _slower(name: str, best: str, found: SpeedDifference) -> str:
     noise = f"noise {found.noise:.1%}"
     if found.is_noise:
-        return f"{name} and {best}: {abs(1 - found.ratio):.1%} apart, within noise ({noise})"
+        more = "; more repeats would tell" if found.noise > GREAT_NOISE else ""
+        return f"{name} and {best}: {abs(1 - found.ratio):.1%} apart, within noise ({noise}){more}"
     return f"{name} is {1 - found.ratio:.1%} slower than {best} ({noise})"
 
 
