@@ -180,9 +180,9 @@ class MatmulFacts(Part):
     """What a large matrix product reaches on the devices of this run (xtrain/matmul.py)."""
 
     dtype: str
-    flops_per_second: Annotated[float, Field(gt=0, lt=1e30)]
+    flops_per_second: Annotated[float, Field(ge=1, lt=1e30)]
     """Of all processes together."""
-    datasheet: Annotated[float, Field(gt=0, lt=1e30)] | None = None
+    datasheet: Annotated[float, Field(ge=1, lt=1e30)] | None = None
     """What the vendor promises, where it is known."""
 
 

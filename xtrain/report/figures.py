@@ -21,8 +21,8 @@ from xtrain.summary import COUNTERS, fullest_step, largest, predicted_at
 CURVE_POINTS = 400
 """A page shows no more, and a report of thirty lanes stays small."""
 MOST_PLACES = 16
-LARGEST_RATE = 1e30
-"""Speeds beyond it are no speeds, and their products no numbers."""
+SMALLEST_RATE, LARGEST_RATE = 1e-9, 1e30
+"""Speeds beyond them are no speeds, and their products no numbers."""
 
 
 def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
@@ -79,7 +79,7 @@ def sound_speed(speed: Speed | None) -> Speed | None:
     if speed is None:
         return None
     rates = (speed.tokens_per_second, speed.p10, speed.p90)
-    return speed if all(0 < rate < LARGEST_RATE for rate in rates) else None
+    return speed if all(SMALLEST_RATE < rate < LARGEST_RATE for rate in rates) else None
 
 
 def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, int] | None:
