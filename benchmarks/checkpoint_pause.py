@@ -33,16 +33,19 @@ from xtrain.spec.tree import Spec
 from xtrain.trace import NullTrace
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
-LANES = {"cpu": ("cpu", 0, 1)} | {
+LANES = {"cpu": ("cpu", 0, 1), "cuda": ("cuda", 0, 1)} | {
     f"zero{stage}x{world}": ("deepspeed", stage, world) for world in (1, 2) for stage in range(4)
 }
 MIB = 1 << 20
 
 
-def spec_of(stage: int) -> Spec:
+SMALL = {"preset": "gpt2-nano", "layers": 6, "hidden": 512, "heads": 8}
+
+
+def spec_of(stage: int, model: dict[str, Any]) -> Spec:
     return Spec.model_validate(
         {
-            "model": {"preset": "gpt2-nano", "layers": 6, "hidden": 512, "heads": 8},
+            "model": model,
             "data": {"source": "synthetic", "seq_len": 16, "tokens": 20_000},
             "batch": {"global": 2, "micro": 1},
             "train": {"steps": 10},
@@ -58,7 +61,7 @@ def measure(lane: str, folder: Path, saves: int) -> dict[str, Any]:
     name, stage, world = LANES[lane]
     rank = int(os.environ.get("RANK", "0"))
     job = Job(rank, rank, world, world)
-    spec = spec_of(stage)
+    spec = spec_of(stage, {"preset": "gpt2"} if name == "cuda" else SMALL)
     data = open_data(spec, show_progress=False)
     backend = registry.load(name)
     resolved = backend.resolve(spec, world)
@@ -143,7 +146,7 @@ def run_lane(lane: str, saves: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--lanes", default=",".join(LANES))
+    parser.add_argument("--lanes", default=",".join(lane for lane in LANES if lane != "cuda"))
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--worker")
     options = parser.parse_args()

@@ -1,35 +1,88 @@
-"""`make gpu`: the conformance suite on an NVIDIA GPU.
+"""`make gpu`: what there is to prove and to measure on one NVIDIA GPU, within ten minutes.
 
-The suite takes every lane that is usable on the machine. Where there is no GPU this says so and ends
-well: nothing was tested, nothing failed. Where there is one, a lane that is missing is a failure.
+    python -m benchmarks.gpu [--parts speed ladder] [--seconds 570] [--device cpu]
+
+Speed beside a plain loop, GPT-2 Large, the ladder of techniques, DeepSpeed, checkpoints, conformance.
+Every lane is a process of its own; page and JSON under benchmarks/results/ are written after each
+row, so a run that is broken off leaves what it has. Without a GPU this says so and ends well: nothing was
+tested, nothing failed. `--device cpu` tries the programs out with tiny sizes.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
+import json
 import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
 
-from xtrain import registry
+from benchmarks.gpu_lanes import Bench, Row
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_report import markdown
+from benchmarks.overhead import ROOT, say
+from xtrain.machine import environment
 
-LANES = ("cpu", "cuda", "deepspeed")
+NAMES = [part.name for part in PARTS]
+
+
+def gpu_name() -> str | None:
+    """None where there is no GPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def no_gpu() -> str:
+    import torch
+
+    reason = "no NVIDIA GPU found" if torch.version.cuda else "this torch is built without CUDA"
+    return f"make gpu: {reason}; nothing was tested. Run it on a machine with an NVIDIA GPU."
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", default=NAMES, choices=NAMES, metavar="PART", help=f"of {NAMES}"
+    )
+    parser.add_argument("--seconds", type=float, default=570, help="for everything")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args()
 
 
 def main() -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        reason = "no NVIDIA GPU found" if torch.version.cuda else "this torch is built without CUDA"
-        print(f"make gpu: {reason}; nothing was tested. Run it on a machine with an NVIDIA GPU.")
+    arguments = parse_arguments()
+    name = gpu_name() if arguments.device == "cuda" else "CPU, tiny sizes: a trial of the programs"
+    if name is None:
+        print(no_gpu())
         return 0
-    found = registry.survey()
-    missing = [f"{lane} ({found[lane].reason})" for lane in LANES if not found[lane].usable]
-    if missing:
-        print(
-            f"make gpu: {torch.cuda.get_device_name()}, but not usable: {', '.join(missing)}", file=sys.stderr
-        )
-        return 1
-    print(f"make gpu: {torch.cuda.get_device_name()}, lanes {', '.join(LANES)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "tests/conformance"]).returncode
+    date = datetime.now(UTC).date().isoformat()
+    command = f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".rstrip()
+    header = {"date": date, "command": command, "device": name, "environment": environment()}
+    path = arguments.out / f"gpu-{date}{'-trial' * (arguments.device == 'cpu')}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    about = {part.name: part.about for part in PARTS}
+    rows: list[Row] = []
+    started = perf_counter()
+    with TemporaryDirectory() as folder:
+        bench = Bench(arguments.device, name, Path(folder), started + arguments.seconds)
+        for part in PARTS:
+            if part.name not in arguments.parts:
+                continue
+            for row in part.rows(bench):
+                rows.append(row)
+                say(f"{row.part}, {row.name}: {row.outcome}")
+                report = {**header, "seconds": perf_counter() - started}
+                path.write_text(
+                    json.dumps({**report, "rows": [asdict(one) for one in rows]}, indent=1) + "\n"
+                )
+                path.with_suffix(".md").write_text(markdown(report, about, rows))
+    say(f"written: {path} and {path.with_suffix('.md').name}")
+    failed = [row for row in rows if row.outcome != "done" and not row.outcome.startswith("left out")]
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

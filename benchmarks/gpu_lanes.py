@@ -1,0 +1,178 @@
+"""What `make gpu` is made of: lanes, each in a process of its own, that end as a row whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import yaml
+
+from benchmarks.overhead import ROOT
+from benchmarks.workload import Workload
+from xtrain.errors import XtrainError
+from xtrain.flops import flops_per_token
+from xtrain.models.presets import dimensions
+from xtrain.plan.step import Step
+from xtrain.record import RunRecord, load_record
+from xtrain.spec.tree import Spec
+
+DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Operations per second of the data sheets, without sparsity, by a part of the GPU's name."""
+SHORTEST_SECONDS = 10.0
+"""With less time left a lane is not begun."""
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one lane; `outcome` is "done" or why it has no figures."""
+
+    part: str
+    name: str
+    outcome: str
+    figures: Figures = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that ran; `problem` is empty where it ended well."""
+
+    output: str
+    problem: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where lanes run, and until when."""
+
+    device: str
+    """`cuda`; `cpu` to try the programs out, with tiny sizes."""
+    gpu_name: str
+    folder: Path
+    ends_at: float
+    """By perf_counter."""
+
+    @property
+    def tiny(self) -> bool:
+        return self.device == "cpu"
+
+    def call(self, command: list[str], limit_seconds: float) -> Ended:
+        """Run it with everything it starts, and end all of that when its time is over."""
+        left = self.ends_at - perf_counter()
+        if left < SHORTEST_SECONDS:
+            return Ended("", "left out: the time of the whole was used up", 0.0)
+        started = perf_counter()
+        with subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=min(limit_seconds, left))
+                problem = _last_words(output) if process.returncode else ""
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate()
+                problem = f"not done within {min(limit_seconds, left):.0f} s"
+        return Ended(output, problem, perf_counter() - started)
+
+    def xtrain(
+        self, part: str, name: str, load: Workload, limit_seconds: float, backend: str = "", **changes: Any
+    ) -> Row:
+        """`xtrain run` on a workload; `changes` replace sections of its spec."""
+        stem = f"{part}-{name}".replace(" ", "-").replace("/", "-")
+        path, out = self.folder / f"{stem}.yaml", self.folder / stem
+        section = {"log": {"every_steps": 1 if "every_steps" not in changes else changes.pop("every_steps")}}
+        tree = {**load.spec(), **section, **changes}
+        path.write_text(yaml.safe_dump(tree))
+        command = ["-m", "xtrain", "run", str(path), "--backend", backend or self.device, "--out", str(out)]
+        ended = self.call(command, limit_seconds)
+        if ended.problem:
+            return Row(part, name, ended.problem, {"process_seconds": ended.seconds})
+        record = load_record(out)
+        return Row(part, name, "done", {**self._figures(record, tree), "process_seconds": ended.seconds})
+
+    def plain(self, part: str, name: str, load: Workload, limit_seconds: float, compiled: bool) -> Row:
+        settings, result = self.folder / "settings.json", self.folder / "result.json"
+        settings.write_text(
+            json.dumps({"workload": asdict(load), "device": self.device, "compile": compiled})
+        )
+        ended = self.call(["-m", "benchmarks.gpu_plain", str(settings), str(result)], limit_seconds)
+        if ended.problem:
+            return Row(part, name, ended.problem, {"process_seconds": ended.seconds})
+        found = json.loads(result.read_text())
+        spec = Spec.model_validate(load.spec())
+        size = dimensions(spec)
+        figures = {
+            "tokens_per_second": found["tokens_per_second"],
+            "mfu": self.mfu(_parameters(load), size.layers, size.hidden, load, found["tokens_per_second"]),
+            "peak_bytes": found["peak_bytes"],
+            "loss_first": found["losses"][0],
+            "loss_last": found["losses"][-1],
+            "process_seconds": ended.seconds,
+        }
+        return Row(part, name, "done", figures)
+
+    def _figures(self, record: RunRecord, tree: Mapping[str, Any]) -> Figures:
+        spec = Spec.model_validate(tree)
+        size, memory = dimensions(spec), record.memory[0]
+        rate = record.speed.tokens_per_second if record.speed else None
+        load_like = spec.data.seq_len
+        flops = flops_per_token(record.model.parameters, size.layers, size.hidden, load_like)
+        peak = memory.live.peak_bytes if memory.live else None
+        return {
+            "tokens_per_second": rate,
+            "mfu": self._share_of_peak(flops * rate) if rate and spec.precision.dtype != "fp32" else None,
+            "peak_bytes": peak,
+            "planned_bytes": planned_bytes(spec),
+            "loss_first": record.loss.first,
+            "loss_last": record.loss.last,
+        }
+
+    def mfu(self, parameters: int, layers: int, hidden: int, load: Workload, rate: float) -> float | None:
+        if load.precision == "fp32":
+            return None
+        return self._share_of_peak(flops_per_token(parameters, layers, hidden, load.context) * rate)
+
+    def _share_of_peak(self, flops_per_second: float) -> float | None:
+        """None for a device whose data sheet is not in the table."""
+        peak = next((flops for part, flops in DENSE_BF16_FLOPS.items() if part in self.gpu_name), None)
+        return flops_per_second / peak if peak else None
+
+
+def planned_bytes(spec: Spec) -> int | None:
+    """What `xtrain plan` says of a step; None for what it does not plan yet."""
+    offloads = spec.memory != "auto" and any(one.enabled for _, one in spec.memory.offload)
+    if offloads or spec.train.compile or spec.manual is not None:
+        return None
+    try:
+        return int(Step(spec, dimensions(spec), spec.accumulation(1)).peak.total)
+    except XtrainError:
+        return None
+
+
+def _parameters(load: Workload) -> int:
+    block = 12 * load.hidden**2 + 13 * load.hidden
+    return load.layers * block + (load.vocab_size + load.positions + 2) * load.hidden
+
+
+def _last_words(output: str) -> str:
+    """The error's message, on one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [place for place, line in enumerate(lines) if line.startswith("error:")]
+    said = lines[errors[-1] :] if errors else lines[-1:]
+    return " ".join(said)[:400] or "failed without a word"

@@ -1,0 +1,101 @@
+"""`make gpu` without a GPU: its programs with tiny sizes on the CPU, and what it makes of failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from benchmarks.gpu_lanes import Bench, Row, _last_words, _parameters, planned_bytes
+from benchmarks.gpu_parts import GPT2, LARGE, PARTS, TINY
+from benchmarks.gpu_report import markdown
+from benchmarks.overhead import ROOT
+from xtrain.models.presets import PRESETS
+from xtrain.spec.tree import Spec
+
+MACHINE = {"packages": {"torch": "2"}, "cpu": "c", "platform": "p", "python": "3", "git_commit": "abc"}
+REPORT = {"environment": MACHINE, "date": "d", "command": "x", "seconds": 1.0, "device": "a GPU"}
+ABOUT = {part.name: part.about for part in PARTS}
+
+
+def bench(folder: Path, seconds: float = 60, gpu_name: str = "") -> Bench:
+    return Bench("cpu", gpu_name, folder, perf_counter() + seconds)
+
+
+def test_a_lane_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    program = "import subprocess; subprocess.run(['sleep', '60'])"
+    ended = bench(tmp_path).call(["-c", program], limit_seconds=0.3)
+    assert ended.problem == "not done within 0 s"
+    assert ended.seconds < 20
+
+
+def test_a_lane_without_time_left_is_not_begun(tmp_path: Path) -> None:
+    ended = bench(tmp_path, seconds=1).call(["-c", "open('begun', 'w')"], limit_seconds=5)
+    assert ended.problem.startswith("left out")
+    assert not (ROOT / "begun").exists()
+
+
+def test_a_lane_that_fails_tells_its_message_on_one_line() -> None:
+    output = "step 1\nerror: spec.yaml has 1 problem\n  1:2: no such thing\n"
+    assert _last_words(output) == "error: spec.yaml has 1 problem 1:2: no such thing"
+    assert _last_words("Traceback\n  ...\nKeyError: 1\n") == "KeyError: 1"
+    assert _last_words("") == "failed without a word"
+
+
+@pytest.mark.parametrize(("load", "preset"), [(GPT2, "gpt2"), (LARGE, "gpt2-large")])
+def test_the_models_are_those_of_the_presets(load: object, preset: str) -> None:
+    named = PRESETS[preset]
+    assert load in (GPT2, LARGE)
+    size = GPT2 if load is GPT2 else LARGE
+    assert (size.layers, size.hidden, size.heads) == (named.layers, named.hidden, named.heads)
+    assert _parameters(size) == pytest.approx({"gpt2": 124e6, "gpt2-large": 774e6}[preset], rel=0.01)
+
+
+def test_utilisation_is_that_of_the_named_gpu_and_unknown_for_others(tmp_path: Path) -> None:
+    known = bench(tmp_path, gpu_name="NVIDIA H100 80GB HBM3").mfu(124_000_000, 12, 768, GPT2, 500_000)
+    assert known == pytest.approx(500_000 * (6 * 124e6 + 12 * 12 * 768 * 1024) / 989e12)
+    assert bench(tmp_path, gpu_name="something else").mfu(124_000_000, 12, 768, GPT2, 500_000) is None
+
+
+def test_what_is_not_planned_has_no_plan() -> None:
+    tree = TINY.spec()
+    assert planned_bytes(Spec.model_validate(tree)) is not None
+    offloaded = {**tree, "memory": {"offload": {"optimizer": "cpu"}}}
+    assert planned_bytes(Spec.model_validate(offloaded)) is None
+
+
+def test_page_has_rows_with_figures_and_rows_with_reasons() -> None:
+    rows = [
+        Row(
+            "ladder",
+            "plain",
+            "done",
+            {"tokens_per_second": 10.0, "peak_bytes": 2**30, "planned_bytes": 2**29},
+        ),
+        Row("ladder", "lean", "not done within 60 s"),
+    ]
+    page = markdown(REPORT, ABOUT, rows)
+    assert "| lane | tokens/s | peak, GiB | planned, GiB | outcome |" in page
+    assert "| plain | 10 | 1.00 | 0.50 | done |" in page
+    assert "| lean | - | - | - | not done within 60 s |" in page
+    assert "- ladder, plain: -50.0%" in page
+
+
+@pytest.mark.slow
+def test_a_trial_on_the_cpu_trains_the_same_beside_the_plain_loop(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--parts", "speed", "--seconds", "300", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("gpu-*-trial.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["outcome"].split(":")[0] for row in rows] == ["done", "done", "left out"]
+    plain, ours = (row["figures"] for row in rows[:2])
+    assert ours["loss_last"] == pytest.approx(plain["loss_last"], rel=1e-3)
+    assert ours["speed_share"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"])
+    assert path.with_suffix(".md").exists()
