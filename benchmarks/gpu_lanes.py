@@ -17,11 +17,9 @@ import yaml
 
 from benchmarks.overhead import ROOT
 from benchmarks.workload import Workload
-from xtrain.errors import XtrainError
 from xtrain.flops import flops_per_token
 from xtrain.models.presets import dimensions
-from xtrain.plan.step import Step
-from xtrain.record import RunRecord, load_record
+from xtrain.record import RunRecord, load_record, prediction
 from xtrain.spec.tree import Spec
 
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -138,7 +136,7 @@ class Bench:
             "tokens_per_second": rate,
             "mfu": self._share_of_peak(flops * rate) if rate and spec.precision.dtype != "fp32" else None,
             "peak_bytes": peak,
-            "planned_bytes": planned_bytes(spec),
+            "planned_bytes": planned_bytes(record, self.device),
             "loss_first": record.loss.first,
             "loss_last": record.loss.last,
         }
@@ -154,15 +152,13 @@ class Bench:
         return flops_per_second / peak if peak else None
 
 
-def planned_bytes(spec: Spec) -> int | None:
-    """What `xtrain plan` says of a step; None for what it does not plan yet."""
-    offloads = spec.memory != "auto" and any(one.enabled for _, one in spec.memory.offload)
-    if offloads or spec.train.compile or spec.manual is not None:
+def planned_bytes(record: RunRecord, device: str) -> int | None:
+    """What the planner said of a step on the device; None where it said nothing."""
+    predicted = prediction(record)
+    if predicted is None or predicted.peak_bytes is None:
         return None
-    try:
-        return int(Step(spec, dimensions(spec), spec.accumulation(1)).peak.total)
-    except XtrainError:
-        return None
+    sums = {place: sum(held.values()) for place, held in predicted.peak_bytes.items()}
+    return max((held for place, held in sums.items() if place.startswith(device)), default=None)
 
 
 def _parameters(load: Workload) -> int:

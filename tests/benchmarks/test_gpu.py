@@ -11,11 +11,11 @@ from time import perf_counter
 import pytest
 
 from benchmarks.gpu_lanes import Bench, Row, _last_words, _parameters, planned_bytes
-from benchmarks.gpu_parts import GPT2, LARGE, PARTS, TINY
+from benchmarks.gpu_parts import GPT2, LARGE, PARTS
 from benchmarks.gpu_report import markdown
 from benchmarks.overhead import ROOT
+from tests.sample_runs import sample_record
 from xtrain.models.presets import PRESETS
-from xtrain.spec.tree import Spec
 
 MACHINE = {"packages": {"torch": "2"}, "cpu": "c", "platform": "p", "python": "3", "git_commit": "abc"}
 REPORT = {"environment": MACHINE, "date": "d", "command": "x", "seconds": 1.0, "device": "a GPU"}
@@ -61,11 +61,11 @@ def test_utilisation_is_that_of_the_named_gpu_and_unknown_for_others(tmp_path: P
     assert bench(tmp_path, gpu_name="something else").mfu(124_000_000, 12, 768, GPT2, 500_000) is None
 
 
-def test_what_is_not_planned_has_no_plan() -> None:
-    tree = TINY.spec()
-    assert planned_bytes(Spec.model_validate(tree)) is not None
-    offloaded = {**tree, "memory": {"offload": {"optimizer": "cpu"}}}
-    assert planned_bytes(Spec.model_validate(offloaded)) is None
+def test_planned_bytes_are_those_of_the_device_and_not_of_the_host() -> None:
+    record = sample_record()
+    assert planned_bytes(record, "cuda") is None
+    said = {"cuda:0": {"parameters": 3, "logits": 4}, "cpu": {"optimizer": 100}}
+    assert planned_bytes(record.model_copy(update={"predicted": {"peak_bytes": said}}), "cuda") == 7
 
 
 def test_page_has_rows_with_figures_and_rows_with_reasons() -> None:
