@@ -67,7 +67,7 @@ TOGETHER: list[list[dict[str, Any]]] = [
     [],
     [{"precision": "bf16"}],
     [{"precision": BF16_WEIGHTS}, {"memory": {"checkpointing": "auto"}}],
-    [{"manual": {"devices": ["main", "cpu"], "split": [3, 1]}}, {"memory": {"loss_chunk": "none"}}],
+    [{"manual": {"devices": ["main", "cpu"], "split": "auto"}}, {"memory": {"loss_chunk": "none"}}],
     EVERYTHING,
 ]
 """Each costs a second or two: tests/techniques/test_pairs.py has all pairs, uncompiled."""
