@@ -131,20 +131,20 @@ def spec_with(**sections: object) -> dict[str, object]:
     [
         (
             {"data": DataFacts(description="other", hash=None, portable=False)},
-            "the lanes saw different data: their losses cannot be compared (cpu abc, other unknown)",
+            "the lanes saw different data: their losses cannot be compared (abc: cpu; unknown: other)",
         ),
-        ({"threads": 2}, "threads per process differ, and with them the speed (cpu 1, other 2)"),
+        ({"threads": 2}, "threads per process differ, and with them the speed (1: cpu; 2: other)"),
         (
             {"matmul_precision": "high"},
-            "the precision of fp32 matrix products differs (cpu highest, other high)",
+            "the precision of fp32 matrix products differs (highest: cpu; high: other)",
         ),
         (
             {"spec": spec_with(precision={"dtype": "bf16", "weights": "fp32"})},
-            "precision differs: losses agree only roughly (cpu fp32, other bf16 over fp32 weights)",
+            "precision differs: losses agree only roughly (fp32: cpu; bf16 over fp32 weights: other)",
         ),
         (
             {"threads": None},
-            "threads per process differ, and with them the speed (cpu 1, other unknown)",
+            "threads per process differ, and with them the speed (1: cpu; unknown: other)",
         ),
         ({"steps": sample_steps(18)}, "other: 2 steps lack a finite loss here or in the reference"),
     ],

@@ -158,4 +158,4 @@ def test_another_spec_from_elsewhere_is_flagged_too(tmp_path: Path, here: Path) 
     said = "\n".join(merged(tmp_path, f"there={ELSEWHERE}", here).warnings)
     assert "the lanes saw different data: their losses cannot be compared" in said
     assert "here was given another training than there: optimizer.lr 0.00101 instead of 0.001" in said
-    assert "precision differs: losses agree only roughly (there fp32, here bf16 over fp32 weights)" in said
+    assert "precision differs: losses agree only roughly (fp32: there; bf16 over fp32 weights: here)" in said

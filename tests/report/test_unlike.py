@@ -31,7 +31,7 @@ def spec_with(section: str, **values: Any) -> dict[str, Any]:
         ),
         (
             {"environment": {"cpu": "Other", "packages": {"torch": "2.13.0"}}},
-            "the lanes ran on different machines, and their speeds compare these too (a: null, b: Other)",
+            "the lanes ran on different machines, and their speeds compare these too (unknown: a; Other: b)",
         ),
         ({"environment": {"packages": {"torch": "2.9.0"}}}, "versions differ: torch"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -88,6 +89,16 @@ def test_the_same_lane_twice_is_within_noise() -> None:
     assert found.tone == "plain"
     assert found.headline.startswith("No lane is faster beyond noise (a: 10,000 tokens/s)")
     assert "within noise" in found.details[0]
+
+
+def test_the_noise_is_told_in_the_terms_of_the_difference() -> None:
+    """Three times the time is 67% slower; a noise of 100% upwards is one of 50% downwards."""
+    restless = [run(slowed(steps(), unrest)) for unrest in (1.0, 1.4, 0.7)]
+    slow = [run(slowed(steps(), 3 * unrest)) for unrest in (1.0, 1.3, 0.75)]
+    detail = verdict(compared(lane("a", *restless), lane("b", *slow)), "speed").details[0]
+    slower, noise = (float(share) for share in re.findall(r"([\d.]+)%", detail))
+    assert 60 < slower < 75
+    assert noise < slower
 
 
 def test_single_runs_are_told_to_be_repeated() -> None:
@@ -188,7 +199,7 @@ def test_speed_and_memory_are_weighed_against_each_other() -> None:
 def test_the_lane_that_is_better_in_both_is_chosen() -> None:
     fast, _ = fast_and_lean()
     found = verdict(compared(fast, lane("slow", *repeats(1.25))), "choice")
-    assert found.headline == "Choose fast: nothing here is faster or needs less memory"
+    assert found.headline == "Choose fast: nothing here is faster beyond noise, or needs less memory"
 
 
 def test_equal_lanes_are_not_chosen_between() -> None:

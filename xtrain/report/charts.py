@@ -62,6 +62,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     lanes = comparison.finished
     colours = lane_colours(comparison)
     found = [
+        _ladder(comparison),
         _speed(lanes, colours),
         _step_memory(lanes),
         _losses(lanes, colours),
@@ -69,7 +70,6 @@ def charts(comparison: Comparison) -> list[Chart]:
         _time(lanes),
         _predicted(lanes),
         *(_memory_over_time(lanes, colours, counter) for counter in COUNTERS),
-        _ladder(comparison),
     ]
     return [chart for chart in found if chart.data]
 

@@ -30,6 +30,11 @@ class SpeedDifference:
     """Relative; a difference below it says nothing."""
 
     @property
+    def noise_below(self) -> float:
+        """The same noise for a slower lane: 100% more is 50% less."""
+        return self.noise / (1 + self.noise)
+
+    @property
     def is_noise(self) -> bool:
         return abs(math.log(self.ratio)) <= math.log1p(self.noise)
 

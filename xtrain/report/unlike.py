@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtrain.report.comparison import Figures
@@ -84,7 +84,7 @@ def _other_machines(lanes: Lanes) -> str | None:
     machines = {name: tuple(figures.environment.get(key) for key in MACHINE) for name, figures in lanes}
     if len({str(machine) for machine in machines.values()}) < 2:
         return None
-    listed = ", ".join(f"{name}: {shown(machine[0] or machine[1])}" for name, machine in machines.items())
+    listed = _by_value({name: machine[0] or machine[1] for name, machine in machines.items()})
     return f"the lanes ran on different machines, and their speeds compare these too ({listed})"
 
 
@@ -97,13 +97,18 @@ def _other_versions(lanes: Lanes) -> str | None:
 
 
 def _unlike(lanes: Lanes, key: str, meaning: str) -> str | None:
-    values = {name: getattr(figures, key) for name, figures in lanes}
-    if len(set(values.values())) < 2:
+    found = {name: getattr(figures, key) for name, figures in lanes}
+    if len(set(found.values())) < 2:
         return None
-    listed = ", ".join(
-        f"{name} {'unknown' if value is None else shown(value)}" for name, value in values.items()
-    )
-    return f"{meaning} ({listed})"
+    return f"{meaning} ({_by_value(found)})"
+
+
+def _by_value(found: Mapping[str, Any]) -> str:
+    """Lanes with what they have in common: `1: cpu; 2: cuda, mps`."""
+    names: dict[str, list[str]] = {}
+    for name, value in found.items():
+        names.setdefault("unknown" if value is None else shown(value), []).append(name)
+    return "; ".join(f"{value}: {', '.join(having)}" for value, having in names.items())
 
 
 def _value(spec: Any, key: str) -> Any:

@@ -9,7 +9,7 @@ from xtrain.report.comparison import Figures, LaneReport, Tone, Topic, Verdict
 from xtrain.report.memory import instruments
 from xtrain.report.noise import SINGLE_RUN_NOISE, SpeedDifference, compare_speeds, median_error
 from xtrain.report.unlike import has_dropout
-from xtrain.summary import NOT_MEASURED, format_bytes
+from xtrain.summary import NOT_MEASURED, format_bytes, plural
 
 Lanes = Sequence[tuple[str, Figures]]
 
@@ -123,7 +123,7 @@ def speed_verdict(lanes: Lanes) -> Verdict | None:
     rate = f"{_rate(best_figures):,.0f} tokens/s"
     if len(equals) == len(held):
         return _verdict("speed", "plain", f"No lane is faster beyond noise ({best}: {rate})", details)
-    beside = f", {_listed(equals)} within noise of it" if equals else ""
+    beside = f", {plural(len(equals), 'lane')} within noise of it" if equals else ""
     return _verdict("speed", "good", f"{best} is the fastest: {rate}{beside}", details)
 
 
@@ -143,7 +143,7 @@ def _rate(figures: Figures) -> float:
 
 
 def _slower(name: str, best: str, found: SpeedDifference) -> str:
-    noise = f"noise {found.noise:.1%}"
+    noise = f"noise {found.noise_below if found.ratio < 1 else found.noise:.1%}"
     if found.is_noise:
         more = "; more repeats would tell" if found.noise > GREAT_NOISE else ""
         return f"{name} and {best}: {abs(1 - found.ratio):.1%} apart, within noise ({noise}){more}"
@@ -161,16 +161,17 @@ def memory_verdict(lanes: Lanes) -> Verdict | None:
             None if len(lanes) < 2 else _verdict("memory", "plain", "No two lanes counted memory alike", [])
         )
     details = [_memory_by(name, held) for name, held in shared]
-    leanest, others = _leanest(shared[0][1])
-    if not others:
+    least = _leanest(shared[0][1])
+    if len(least) == len(shared[0][1]):
         return _verdict("memory", "plain", "All lanes need the same memory", details)
-    return _verdict("memory", "good", f"{leanest} needs the least memory", details)
+    need = "needs" if len(least) == 1 else "need"
+    return _verdict("memory", "good", f"{_listed(least)} {need} the least memory", details)
 
 
-def _leanest(held: dict[str, int]) -> tuple[str, list[str]]:
-    """(the lane that needs least, those that need clearly more)."""
-    least = min(held, key=lambda name: held[name])
-    return least, [name for name, count in held.items() if count > held[least] * (1 + LITTLE_MEMORY)]
+def _leanest(held: dict[str, int]) -> list[str]:
+    """Those that need least, or hardly more, in order."""
+    bound = min(held.values()) * (1 + LITTLE_MEMORY)
+    return [name for name in sorted(held, key=lambda name: held[name]) if held[name] <= bound]
 
 
 def _memory_by(instrument: str, held: dict[str, int]) -> str:
@@ -246,7 +247,7 @@ def _choice(
     if len(both) == len(lanes):
         return "Nothing measured here speaks for one lane: choose by what you know better", details
     if both:
-        return f"Choose {_or(both)}: nothing here is faster or needs less memory", details
+        return f"Choose {_or(both)}: nothing here is faster beyond noise, or needs less memory", details
     if not fast and not lean:
         return "Too little was measured to choose", details
     if not fast or not lean:
@@ -273,8 +274,7 @@ def _least_memory(lanes: Lanes) -> list[str]:
     """By the first instrument that all lanes share; empty where there is none."""
     for held in instruments(lanes).values():
         if len(held) == len(lanes):
-            _, more = _leanest(held)
-            return [name for name in sorted(held, key=lambda name: held[name]) if name not in more]
+            return _leanest(held)
     return []
 
 
