@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from tests.report.sample_lanes import STEP, lane, memory, run, slowed, steps, unfinished
+from xtrain.report.build import compare_lanes
+from xtrain.report.ladder import LadderLane
+from xtrain.report.tables import tables
+from xtrain.report.text import render_terminal
+from xtrain.rungs import RUNGS
+
+
+def test_every_rung_stands_beside_its_claim_as_a_share_of_the_first() -> None:
+    halved = run(slowed(steps(), 1.25), memory=[memory({**STEP, "activations": 0, "logits": 0})])
+    lanes = [lane("a 0"), lane("a 1", halved), unfinished("a 2", "out of memory")]
+    places = [LadderLane(f"a {number}", "a", number) for number in range(3)]
+    comparison = compare_lanes("tiny.yaml", lanes, places)
+    assert [(rung.memory_share, rung.speed_share) for rung in comparison.ladder] == [
+        (1.0, 1.0),
+        (160 / 300, 0.8),
+        (None, None),
+    ]
+    table = tables(comparison)[0]
+    assert table.title == "The ladder, claimed for GPT-2 Large and measured here"
+    assert table.rows == [
+        ["a", "plain fp32", "12 GB", "300.0 MiB (100%)", "100%", "100%"],
+        ["a", "+ mixed precision", "6 GB (-50%)", "160.0 MiB (53%)", "115%", "80%"],
+        ["a", "+ gradient accumulation", "6 GB", "not measured", "110%", "not measured"],
+    ]
+    assert "out of memory" in render_terminal(comparison)
+
+
+def test_shares_are_of_the_same_backend_and_unknown_where_its_first_rung_failed() -> None:
+    lanes = [unfinished("a 0", "full"), lane("a 1"), lane("b 0", run(slowed(steps(), 2))), lane("b 1")]
+    places = [LadderLane(name, name[0], int(name[2])) for name in ("a 0", "a 1", "b 0", "b 1")]
+    ladder = compare_lanes("tiny.yaml", lanes, places).ladder
+    assert [rung.speed_share for rung in ladder] == [None, None, 1.0, 2.0]
+    assert [rung.lane for rung in ladder] == ["a", "a", "b", "b"]
+
+
+def test_the_claims_are_those_of_the_documents() -> None:
+    assert [(rung.memory, rung.speed) for rung in RUNGS] == [
+        ("12 GB", "100%"),
+        ("6 GB (-50%)", "115%"),
+        ("6 GB", "110%"),
+        ("4 GB (-67%)", "90%"),
+        ("2 GB per device", "80%"),
+    ]
