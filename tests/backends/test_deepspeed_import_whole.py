@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from xtrain import imports
 from xtrain.cli import main
 from xtrain.errors import RequestError
 from xtrain.spec.tree import Checkpointing
-from xtrain.translation import Imported, placed
+from xtrain.translation import Imported, nested, placed
 
 
 def said(found: Imported) -> str:
@@ -152,6 +153,30 @@ def test_what_has_no_effect_at_the_imported_stage_is_listed_with_the_reason(tmp_
 def test_checkpoints_on_the_cpu_are_listed_while_the_backend_has_none() -> None:
     found = imported(FOLDER / "activation-checkpointing.json")
     assert any("cpu_checkpointing: true" in line for line in found.left_out)
+
+
+def some_keys_changed(random: Random) -> dict[str, Any]:
+    """PLAIN or FULL at some stage, with up to eight keys at an unusual value."""
+    config = {**random.choice([PLAIN, FULL]), "gradient_clipping": random.choice([0.0, 1.0])}
+    for key in random.sample(sorted(set(KNOWN) - set(PLAIN)), random.randint(1, 8)):
+        if not key.endswith(".enabled"):
+            config = within(config, key)
+    if isinstance(zero := config.get("zero_optimization"), dict):
+        zero["stage"] = random.choice([0, 1, 2, 3])
+    return config
+
+
+def test_whatever_is_carried_comes_to_a_fixed_point(tmp_path: Path) -> None:
+    random, compared = Random(11), 0
+    for _ in range(60):
+        try:
+            spec = spec_of(import_of(tmp_path, some_keys_changed(random)))
+        except RequestError:
+            continue
+        config = nested(translation(spec))
+        assert nested(translation(spec_of(import_of(tmp_path, config)))) == config
+        compared += 1
+    assert compared > 40
 
 
 # --- what is said is true ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner
 
+from backends.deepspeed.known_keys import KNOWN
 from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
@@ -253,6 +254,14 @@ def test_nonsense_is_refused(overrides: dict[str, Any], sections: dict[str, Any]
     assert expected in message
 
 
+@pytest.mark.parametrize("key", sorted(KNOWN))
+def test_a_value_of_a_wrong_kind_is_a_problem_and_never_a_crash(key: str) -> None:
+    junks: list[Any] = [None, -1, "word", [None], {"a": 1}, [[]]]
+    for junk in junks:
+        for message in override_messages(overrides_at(key, junk), **SWAPPED):
+            assert message.startswith(f"deepspeed.{key}")
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_partition_that_divides_the_processes_is_taken(size: int) -> None:
     overrides = {"zero_optimization": {"zero_hpz_partition_size": size}}
@@ -322,7 +331,7 @@ def test_the_table_of_known_keys_is_current() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    from backends.deepspeed.known_keys import KNOWN, REMOVED
+    from backends.deepspeed.known_keys import REMOVED
 
     known, removed, asked = json.loads(done.stdout.splitlines()[-1])
     assert known == KNOWN

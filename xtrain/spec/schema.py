@@ -115,7 +115,9 @@ def join_or(words: Sequence[str]) -> str:
 def _kind(schema: Schema) -> str:
     kind = schema.get("type", "object")
     if kind == "array":
-        items = schema.get("items") or schema["prefixItems"][0]
+        items = schema.get("items") or next(iter(schema.get("prefixItems", [])), None)
+        if not items:
+            return "a list"
         count = f"{schema['maxItems']} " if "maxItems" in schema else ""
         inner = join_or(choices(items)) if choices(items) else NAMES[items["type"]][1] + _bounds(items)
         return f"a list of {count}{inner}"
