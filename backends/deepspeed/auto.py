@@ -5,7 +5,7 @@ The rules are those of transformers' integrations/deepspeed.py, and for what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,12 @@ class Filled:
     """Keys whose "auto" nothing fills; they are not among the values."""
 
 
-def resolve_auto(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> Filled:
-    """Each "auto" replaced as the Trainer does, from `arguments` or their defaults."""
+def resolve_auto(
+    flat: Mapping[str, Any], arguments: Mapping[str, Any], added: Collection[str] = ()
+) -> Filled:
+    """Each "auto", and what is `added`, as the Trainer fills it: from `arguments` or their defaults."""
     found = Filled({}, {}, [])
-    for key, value in flat.items():
+    for key, value in {**flat, **dict.fromkeys(added, "auto")}.items():
         if isinstance(value, Mapping) and key.endswith(".params"):
             below = resolve_auto({f"{key}.{name}": one for name, one in value.items()}, arguments)
             found.values[key] = {name.removeprefix(f"{key}."): one for name, one in below.values.items()}
@@ -69,19 +71,19 @@ def resolve_auto(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> Fille
         elif value != "auto" or is_section(key):
             found.values[key] = value
         else:
-            _fill(key, arguments, found)
+            _fill(key, arguments, found, "is not there" if key in added else "was auto")
     return found
 
 
-def _fill(key: str, arguments: Mapping[str, Any], found: Filled) -> None:
+def _fill(key: str, arguments: Mapping[str, Any], found: Filled, state: str) -> None:
     spec_key = SPEC_KEYS.get(key, "")
     if key == "train_batch_size":
-        found.chosen[spec_key] = f"{key} was auto: micro x accumulation x processes"
+        found.chosen[spec_key] = f"{key} {state}: micro x accumulation x processes"
     elif (filling := argument_for(key, arguments)) is not None:
         value, source = filling
         found.values[key] = value
         before = f"{found.chosen[spec_key]}; " if spec_key in found.chosen else ""
-        found.chosen[spec_key] = f"{before}{key} was auto: {shown(value)}, {source}"
+        found.chosen[spec_key] = f"{before}{key} {state}: {shown(value)}, {source}"
     else:
         found.left_open.append(key)
 
@@ -108,12 +110,12 @@ def argument_for(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str] | No
     return value, source
 
 
-def completed(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """With "auto" for what a Trainer with these arguments adds to a ds_config that lacks it."""
+def added_by_trainer(flat: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Keys that a Trainer with these arguments adds to a ds_config that lacks them."""
     added = [f"{name}.enabled" for name in PRECISIONS if arguments.get(name) and not _has_block(flat, name)]
     if arguments and flat.keys().isdisjoint(BATCH):
         added += BATCH[1:]
-    return {**flat, **dict.fromkeys(added, "auto")}
+    return added
 
 
 PRECISIONS = ("bf16", "fp16")

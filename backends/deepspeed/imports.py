@@ -13,7 +13,7 @@ from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
 from xtrain.translation import Imported, Tree, placed
 
-from .auto import SPEC_KEYS, completed, contradictions, resolve_auto
+from .auto import SPEC_KEYS, added_by_trainer, contradictions, resolve_auto
 from .import_batch import import_batch
 from .import_overrides import import_overrides, settings_with_sizes
 from .import_schedule import import_optimizer, import_schedule
@@ -36,8 +36,8 @@ def import_config(
 
     "auto" is resolved as Hugging Face's Trainer does, from `arguments` (TrainingArguments) or their defaults.
     """
-    given = completed(dict(leaves(config)), arguments or {})
-    filled = resolve_auto(given, arguments or {})
+    given, arguments = dict(leaves(config)), arguments or {}
+    filled = resolve_auto(given, arguments, added_by_trainer(given, arguments))
     if problems := _wrong_kinds(filled.values):
         raise SpecError("the ds_config", problems)
     found = Leaves(filled.values, filled.chosen)
@@ -51,7 +51,7 @@ def import_config(
         tree["deepspeed"] = rest
     for key in filled.left_open:
         _say_left_open(key, tree, found)
-    found.left_out += contradictions(given, arguments or {}, tree.get("launch", {}).get("processes", 1))
+    found.left_out += contradictions(given, arguments, tree.get("launch", {}).get("processes", 1))
     return Imported(tree, found.chosen, tuple(found.left_out))
 
 

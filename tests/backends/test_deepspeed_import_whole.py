@@ -244,7 +244,9 @@ def test_agreeing_arguments_are_no_contradiction(tmp_path: Path) -> None:
 
 def test_the_arguments_add_batch_and_precision_where_the_ds_config_has_none(tmp_path: Path) -> None:
     embedded = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
-    spec = spec_of(import_of(tmp_path, {**ARGUMENTS, "bf16": True, "deepspeed": embedded}))
+    found = import_of(tmp_path, {**ARGUMENTS, "bf16": True, "deepspeed": embedded})
+    assert found.chosen["precision"] == "bf16.enabled is not there: true, bf16"
+    spec = spec_of(found)
     assert (spec.batch.global_, spec.batch.micro) == (8, 2)
     assert (spec.precision.dtype, spec.precision.weights) == ("bf16", "bf16")
     assert spec.train.clip == 1.0
