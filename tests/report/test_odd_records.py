@@ -116,3 +116,26 @@ def test_odd_figures_in_metrics_are_shown(tmp_path: Path, value: float) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (tmp_path / "record.json").write_text(json.dumps(RECORD))
     assert report_of(tmp_path, sound)
+
+
+def test_long_texts_in_a_record_make_no_large_page(tmp_path: Path) -> None:
+    """Ten thousand characters wherever there is a text, and hundreds of keys in the spec."""
+    long: Any = deepcopy(RECORD)
+    for path in leaves(RECORD):
+        if path and isinstance(_at(long, path), str) and path[0] not in ("status", "memory"):
+            long = changed(long, path, f"{path[-1]} " + "x" * 10_000)
+    long["spec"] |= {f"key {number}": "x" * 10_000 for number in range(500)}
+    long["memory"][0]["step_peaks"]["peaks"] |= {f"{'p' * 10_000}:{n}": {"other": n} for n in range(500)}
+    long |= {"status": "failed", "failure": "x" * 100_000}
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "record.json").write_text(json.dumps(long))
+    odd = read_run(tmp_path)
+    lanes = [LaneRuns(name, "finished", None, [one]) for name, one in (("a", full_run()), ("b", odd))]
+    lanes.append(LaneRuns("c", "failed", odd.record.failure, []))
+    assert len(render_page(compare_lanes("t", lanes), "")) < 200_000
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for part in path:
+        value = value[part]
+    return value

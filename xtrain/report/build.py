@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtrain.report.comparison import Comparison, LaneReport, Rung
-from xtrain.report.figures import figures_of
+from xtrain.report.figures import figures_of, short
 from xtrain.report.ladder import LadderLane, ladder_rungs
 from xtrain.report.runs import LaneRuns
 from xtrain.report.unlike import warnings
@@ -17,9 +17,9 @@ def compare_lanes(title: str, lanes: Sequence[LaneRuns], ladder: Sequence[Ladder
     reference = next((lane for lane in lanes if lane.runs), None)
     reports = [
         LaneReport(
-            name=lane.name,
+            name=short(lane.name),
             outcome=lane.outcome,
-            reason=lane.reason,
+            reason=short(lane.reason) if lane.reason else None,
             figures=figures_of(lane.runs, reference.runs) if lane.runs and reference else None,
         )
         for lane in lanes

@@ -10,7 +10,7 @@ from typing import Any
 from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.flops import field_speed
 from xtrain.metrics import StepRecord
-from xtrain.record import RankMemory, RunRecord, prediction
+from xtrain.record import MatmulFacts, RankMemory, RunRecord, prediction
 from xtrain.report.agreement import Agreement, Difference, agreement, largest_difference
 from xtrain.report.comparison import Curve, Figures
 from xtrain.report.runs import Run
@@ -21,6 +21,8 @@ from xtrain.summary import COUNTERS, fullest_step, largest, predicted_at
 CURVE_POINTS = 400
 """A page shows no more, and a report of thirty lanes stays small."""
 MOST_PLACES = 16
+LONGEST_TEXT = 500
+"""Characters."""
 SMALLEST_RATE, LARGEST_RATE = 1e-9, 1e30
 """Speeds beyond them are no speeds, and their products no numbers."""
 
@@ -34,14 +36,14 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
     middle = sorted(speeds, key=lambda speed: speed.tokens_per_second)[(len(speeds) - 1) // 2 :][:1]
     peaks = _step_peaks(memory)
     figures = Figures(
-        backend=record.backend,
+        backend=short(record.backend),
         world=record.world,
         repeats=len(runs),
         status=record.status,
-        precision=_precision(record),
+        precision=_short(_precision(record)),
         threads=record.threads,
-        matmul_precision=record.matmul_precision,
-        data_hash=record.data.hash,
+        matmul_precision=_short(record.matmul_precision),
+        data_hash=_short(record.data.hash),
         parameters=record.model.parameters,
         steps=record.totals.steps,
         skipped=record.totals.skipped,
@@ -59,7 +61,7 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         speed=middle[0] if middle else None,
         repeat_rates=[speed.tokens_per_second for speed in speeds],
         field_speed=field_speed(record, middle[0].tokens_per_second) if middle else None,
-        matmul=record.matmul,
+        matmul=_matmul(record.matmul),
         time_split=_mean_split([run.record.time_split for run in runs if run.record.time_split]),
         live=largest(memory, "live"),
         reserved=largest(memory, "reserved"),
@@ -74,12 +76,25 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
     return figures.model_copy(update={"agreement": _agreement(figures, first, expected)})
 
 
+def short(text: str) -> str:
+    """Text from a record, which may be of any length."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def _short(text: str | None) -> str | None:
+    return short(text) if text else text
+
+
 def sound_speed(speed: Speed | None) -> Speed | None:
     """A speed from a record, if it is one."""
     if speed is None:
         return None
     rates = (speed.tokens_per_second, speed.p10, speed.p90)
     return speed if all(SMALLEST_RATE < rate < LARGEST_RATE for rate in rates) else None
+
+
+def _matmul(found: MatmulFacts | None) -> MatmulFacts | None:
+    return found.model_copy(update={"dtype": short(found.dtype)}) if found else None
 
 
 def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, int] | None:

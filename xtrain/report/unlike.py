@@ -13,6 +13,7 @@ from xtrain.summary import clean
 Lanes = Sequence[tuple[str, Figures]]
 
 LONGEST_VALUE = 60
+MOST_KEYS = 40
 SAID_ELSEWHERE = ("precision", "data.path")
 MACHINE = ("cpu", "platform", "memory_bytes")
 
@@ -55,7 +56,9 @@ def chosen_differences(lanes: Lanes) -> dict[str, list[str]]:
             if covering(key, MAY_CHANGE) or covering(key, ("precision",))
         }
     )
-    return {key: [shown(_value(figures.spec, key)) for _, figures in lanes] for key in keys}
+    return {
+        shown(key): [shown(_value(figures.spec, key)) for _, figures in lanes] for key in keys[:MOST_KEYS]
+    }
 
 
 def shown(value: Any) -> str:
@@ -69,7 +72,7 @@ def _other_training(lanes: Lanes) -> list[str]:
     found = []
     for name, figures in lanes[1:]:
         changed = [
-            f"{clean(key)} {shown(theirs)} instead of {shown(first)}"
+            f"{shown(key)} {shown(theirs)} instead of {shown(first)}"
             for key, first, theirs in differences(lanes[0][1].spec, figures.spec)
             if key == "train.steps" or not covering(key, (*MAY_CHANGE, *SAID_ELSEWHERE))
         ]
