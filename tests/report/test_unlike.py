@@ -40,6 +40,12 @@ def test_lanes_that_differ_are_flagged(changes: dict[str, Any], warning: str) ->
     assert compared(lane("a"), lane("b", run(**changes))).warnings == [warning]
 
 
+def test_lanes_that_differ_alike_are_named_together() -> None:
+    changed = run(spec=spec_with("train", steps=100))
+    found = compared(lane("a"), lane("b", changed), lane("c", changed)).warnings
+    assert found == ["b, c were given another training than a: train.steps 100 instead of 60"]
+
+
 def test_a_technique_is_no_other_training_and_stands_in_the_environment() -> None:
     comparison = compared(lane("a"), lane("b", run(spec=spec_with("memory", checkpointing={"every": 2}))))
     assert comparison.warnings == []

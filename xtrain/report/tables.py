@@ -60,7 +60,7 @@ def environment_table(comparison: Comparison) -> Table:
         "cores": lambda f: f.environment.get("physical_cores"),
         "memory": lambda f: _bytes_or_none(f.environment.get("memory_bytes")),
         "Python": lambda f: f.environment.get("python"),
-        "commit": lambda f: f.environment.get("git_commit"),
+        "commit": lambda f: _short_commit(f.environment.get("git_commit")),
     }
     rows += [[name, *(_fact(fact(figures)) for _, figures in lanes)] for name, fact in facts.items()]
     rows += [[name, *values] for name, values in _versions(lanes).items()]
@@ -70,6 +70,11 @@ def environment_table(comparison: Comparison) -> Table:
 
 def _fact(value: Any) -> str:
     return "unknown" if value is None or value == "" else shown(value)
+
+
+def _short_commit(value: Any) -> Any:
+    """The first of its 40 digits, and what may follow them: `-changed`."""
+    return f"{value[:10]}{value[40:]}" if isinstance(value, str) else value
 
 
 def _bytes_or_none(value: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from xtrain.report.comparison import Figures
 from xtrain.resume import MAY_CHANGE, differences
@@ -11,9 +11,11 @@ from xtrain.spec.keys import covering, printed
 from xtrain.summary import clean
 
 Lanes = Sequence[tuple[str, Figures]]
+T = TypeVar("T")
 
 LONGEST_VALUE = 60
 MOST_KEYS = 40
+MOST_CHANGES = 4
 SAID_ELSEWHERE = ("precision", "data.path")
 MACHINE = ("cpu", "platform", "memory_bytes")
 
@@ -31,10 +33,10 @@ def warnings(lanes: Lanes) -> list[str]:
         _other_machines(lanes),
         _other_versions(lanes),
     ]
+    unmatched = {name: figures.unmatched_steps for name, figures in lanes if figures.unmatched_steps}
     found += [
-        f"{name}: {figures.unmatched_steps} steps lack a finite loss here or in the reference"
-        for name, figures in lanes
-        if figures.unmatched_steps
+        f"{', '.join(names)}: {count} steps lack a finite loss here or in the reference"
+        for count, names in _grouped(unmatched).items()
     ]
     if any(has_dropout(figures) for _, figures in lanes):
         found.append("dropout is on: the losses of unlike engines agree only statistically")
@@ -68,19 +70,25 @@ def shown(value: Any) -> str:
 
 
 def _other_training(lanes: Lanes) -> list[str]:
-    """Where a spec differs from the first lane's in what is learned."""
-    found = []
-    for name, figures in lanes[1:]:
-        changed = [
-            f"{shown(key)} {shown(theirs)} instead of {shown(first)}"
-            for key, first, theirs in differences(lanes[0][1].spec, figures.spec)
-            if key == "train.steps" or not covering(key, (*MAY_CHANGE, *SAID_ELSEWHERE))
-        ]
-        if changed:
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            listed = f"{', '.join(changed[:4])}{more}"
-            found.append(f"{name} was given another training than {lanes[0][0]}: {listed}")
-    return found
+    """Where specs differ from the first lane's in what is learned."""
+    found = {name: _changes(lanes[0][1], figures) for name, figures in lanes[1:]}
+    changed = {name: changes for name, changes in found.items() if changes}
+    return [
+        f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} given another training "
+        f"than {lanes[0][0]}: {changes}"
+        for changes, names in _grouped(changed).items()
+    ]
+
+
+def _changes(first: Figures, figures: Figures) -> str:
+    """The first few, as text; empty where nothing differs."""
+    changed = [
+        f"{shown(key)} {shown(theirs)} instead of {shown(ours)}"
+        for key, ours, theirs in differences(first.spec, figures.spec)
+        if key == "train.steps" or not covering(key, (*MAY_CHANGE, *SAID_ELSEWHERE))
+    ]
+    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    return f"{', '.join(changed[:MOST_CHANGES])}{more}"
 
 
 def _other_machines(lanes: Lanes) -> str | None:
@@ -108,10 +116,16 @@ def _unlike(lanes: Lanes, key: str, meaning: str) -> str | None:
 
 def _by_value(found: Mapping[str, Any]) -> str:
     """Lanes with what they have in common: `1: cpu; 2: cuda, mps`."""
-    names: dict[str, list[str]] = {}
+    texts = {name: "unknown" if value is None else shown(value) for name, value in found.items()}
+    return "; ".join(f"{text}: {', '.join(names)}" for text, names in _grouped(texts).items())
+
+
+def _grouped(found: Mapping[str, T]) -> dict[T, list[str]]:
+    """The names of each value, in order."""
+    names: dict[T, list[str]] = {}
     for name, value in found.items():
-        names.setdefault("unknown" if value is None else shown(value), []).append(name)
-    return "; ".join(f"{value}: {', '.join(having)}" for value, having in names.items())
+        names.setdefault(value, []).append(name)
+    return names
 
 
 def _value(spec: Any, key: str) -> Any:
