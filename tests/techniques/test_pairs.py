@@ -1,8 +1,8 @@
 """Every technique, every pair of them, and all of them at once: the plain losses, or a refusal that says why.
 
-Alone and in pairs on the CPU; stacks of everything also on the simulated device, where tensors move. Among the
-stacks every pair of forms occurs. A pair of one technique with itself (two forms of checkpointing, two
-precisions) cannot be written in a spec.
+Alone and in pairs on the CPU; stacks of everything also on the simulated device, where tensors really
+move. Among the stacks every pair of forms occurs. A pair of one technique with itself (two forms of
+checkpointing, two precisions) cannot be written in a spec.
 """
 
 from __future__ import annotations
