@@ -63,12 +63,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "memory": {"offload": STATE, "checkpointing": ONE_BY_ONE, "loss_chunk": 64},
         "manual": HALVES,
     },
-    "full stack, one by one, `batch.micro: 2`": {
-        "precision": BF16,
-        "memory": {"offload": STATE, "checkpointing": ONE_BY_ONE, "loss_chunk": 64},
-        "manual": HALVES,
-        "batch": {"global": 8, "micro": 2},
-    },
 }
 
 
