@@ -53,5 +53,7 @@ def _become(module: str, arguments: list[str], said: Path, environ: Mapping[str,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
-    atexit._run_exitfuncs()  # multiprocessing leaves without them
+    try:
+        runpy.run_module(module, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves without them

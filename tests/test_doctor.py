@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.clean_process import start_module
 from tests.small_runs import SPEC
 from xtrain import registry
 from xtrain.cli import main
@@ -132,14 +132,14 @@ def test_a_missing_spec_is_a_wrong_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_gradients_are_right(spec: Path) -> None:
-    command = [sys.executable, "-m", "xtrain", "doctor", "--grad-check", str(spec), "--backend", "deepspeed"]
-    for sharding in ("none", "parameters"):
-        done = subprocess.run(
-            [*command, f"--set=memory.sharding={sharding}"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "gradients are right" in done.stdout
+@pytest.mark.parametrize("sharding", ["none", "parameters"])
+def test_deepspeed_gradients_are_right(spec: Path, tmp_path: Path, sharding: str) -> None:
+    words = ["doctor", "--grad-check", str(spec), f"--set=memory.sharding={sharding}"]
+    said = tmp_path / "said"
+    process = start_module("xtrain", *words, "--backend", "deepspeed", said=said, environ={})
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    assert "gradients are right" in said.read_text()
 
 
 def test_a_backend_without_gradients_cannot_be_checked(spec: Path) -> None:
