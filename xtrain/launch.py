@@ -36,6 +36,8 @@ class Ended:
 
     code: int
     message: str
+    killed: bool = False
+    """Whether a process was ended by SIGKILL, as the system does where memory is short."""
 
     @property
     def signalled(self) -> bool:
@@ -195,7 +197,9 @@ class Launch:
             return self._too_early(self._asked)
         if code < 0:
             reason = " (often: out of memory)" if code == -signal.SIGKILL else ""
-            return Ended(EXIT_FAILED, f"{who} was killed by {_name(-code)}{reason}; the others were ended")
+            killed = code == -signal.SIGKILL
+            message = f"{who} was killed by {_name(-code)}{reason}; the others were ended"
+            return Ended(EXIT_FAILED, message, killed)
         if word is None or not word.message:
             return Ended(code, f"{who} ended with exit code {code}; the others were ended")
         return Ended(code, f"{who} failed\n{word.message}" if "\n" in word.message else word.message)

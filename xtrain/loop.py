@@ -7,14 +7,17 @@ are until a window closes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any, Protocol
 
 from xtrain.checkpoints.manager import Checkpointer
-from xtrain.contract import Engine, StepInput, StepMemory, StepResult, Trace
+from xtrain.contract import Engine, OutOfMemory, StepInput, StepMemory, StepResult, Trace
 from xtrain.data import Dataset
+from xtrain.errors import RunFailed
 from xtrain.guards import Guards, Watch
 from xtrain.machine import resident_bytes
 from xtrain.metrics import StepRecord
@@ -59,6 +62,10 @@ class Loop:
     """Whether the ledger takes the first steps: it sees no tensor that compiled code makes."""
     beat: Callable[[], None] = lambda: None
     """Called at every step: the loop is alive (xtrain/watchdog.py)."""
+    saves_when_full: bool = False
+    """Whether a step that did not fit leaves a checkpoint of the updates before it."""
+    saved_when_full: int | None = None
+    """How many these were."""
     peak_live_bytes: int | None = None
     """The most that a traced step sampled; None where the device cannot tell."""
     step_memory: StepMemory | None = None
@@ -74,10 +81,11 @@ class Loop:
                 self._close(window)  # a traced step waits for the device at every span: it stands alone
             self.beat()
             trace = SampledTrace(self.engine.synchronize, self._live_bytes) if traced else NullTrace()
-            if self.audits and is_audited(done - start, stop - start) and self.engine.holdings():
-                self._audited_step(done, window)
-            else:
-                self._step(done, window, trace)
+            with self._saving_when_full(done, window):
+                if self.audits and is_audited(done - start, stop - start) and self.engine.holdings():
+                    self._audited_step(done, window)
+                else:
+                    self._step(done, window, trace)
             done += 1
             stopping = self.engine.any(self.asked_to_stop() or self._save_failed())
             ending = stopping or done == stop or (self.guards is not None and self.guards.exhausted)
@@ -94,6 +102,21 @@ class Loop:
             if stopping:
                 break
         return done
+
+    @contextmanager
+    def _saving_when_full(self, done: int, window: Window) -> Iterator[None]:
+        """Around a step: where it finds no room and the weights are whole, `done` updates are saved."""
+        try:
+            yield
+        except OutOfMemory as full:
+            if self.saves_when_full and full.moment == "step" and done > 0 and self.checkpointer is not None:
+                for error in (full, full.__cause__):  # what the step held is let go of first
+                    clear_frames(error.__traceback__ if error else None)
+                with suppress(RunFailed, RuntimeError, MemoryError):  # then an earlier checkpoint has to do
+                    self._close(window)
+                    self.checkpointer.save(self.engine, done, last=True)
+                    self.saved_when_full = done
+            raise
 
     def _save_failed(self) -> bool:
         """Whether a save in the background failed, where that ends the run: then the last one says so."""

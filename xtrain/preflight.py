@@ -84,6 +84,11 @@ def preflight(
         say(f"note: {note}")
 
 
+def everyones(job: Job, topic: str, value: Any, timeout_seconds: float | None) -> list[Any]:
+    """What each process has to say about `topic`, by rank. Collective."""
+    return Meeting(job, timeout_seconds or LONGEST_SECONDS).exchange(topic, value)
+
+
 def differences(everybody: Sequence[Facts]) -> list[str]:
     """A line for each fact that is not the same everywhere."""
     return [line for name in everybody[0].checked for line in _difference(name, everybody)]

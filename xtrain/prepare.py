@@ -13,6 +13,7 @@ from pathlib import Path
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.select import set_aside, set_aside_after
 from xtrain.contract import Resolved
+from xtrain.fitting import TooMuch
 from xtrain.metrics import MetricsError, MetricsLog
 from xtrain.request import Request
 from xtrain.resume import Start
@@ -142,6 +143,8 @@ def discarded_on_refusal(directory: RunDirectory | None) -> Iterator[None]:
     """A run that did not begin, whatever stopped it, leaves no directory behind."""
     try:
         yield
+    except TooMuch:
+        raise  # it begins again in there
     except BaseException:
         if directory is not None:
             shutil.rmtree(directory.path, ignore_errors=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from contextlib import suppress
+from dataclasses import replace
 
 from xtrain import registry
 from xtrain.checkpoints.format import CheckpointError
@@ -12,6 +14,7 @@ from xtrain.checkpoints.select import select
 from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
+from xtrain.fitting import lower_after
 from xtrain.job import join
 from xtrain.launch import start_workers
 from xtrain.preflight import ADDRESS, told_to_others
@@ -41,7 +44,8 @@ def run(request: Request) -> int:
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes
                 choice = _choose(request, spec, world)
-            if job is not None or (world == 1 and not request.supervised):
+            watched = request.supervised or spec.memory == "auto"  # a kill for memory leaves no last words
+            if job is not None or (world == 1 and not watched):
                 return work(request, spec, choice, job or Job(), stop)
     except Interrupted as interrupted:
         interrupted.exit_code = _early_exit_code(request, interrupted.exit_code)
@@ -90,11 +94,16 @@ def _launch(request: Request, backend: str, world: int) -> int:
         environ[RUN_DIRECTORY] = str(directory.path.absolute())
     elif request.hosts.address:
         environ[ADDRESS] = request.hosts.address
-    arguments = request.worker_arguments(backend, world)
-    ended = start_workers(
-        arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
-    )
-    began = directory.resolved.exists()
+    while True:
+        arguments = request.worker_arguments(backend, world)
+        ended = start_workers(
+            arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
+        )
+        began = directory.resolved.exists()
+        if not (began and lower_after(ended, directory.path)):
+            break
+        print(f"note: {ended.message}\nnote: it begins again with less memory", file=sys.stderr, flush=True)
+        request = replace(request, resume=directory.path, out=None)
     if not began and not request.hosts and is_new(directory, request):
         shutil.rmtree(directory.path, ignore_errors=True)
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED) and not ended.message:

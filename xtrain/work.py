@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,14 +17,16 @@ from xtrain.choose import Choice
 from xtrain.contract import Backend, Counter, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
+from xtrain.fitting import Fitted, TooMuch, fit
 from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
 from xtrain.matmul import gather_matmul
 from xtrain.models.source import NotedSource, model_source
+from xtrain.plan.layout import Planned
 from xtrain.plan.predict import predict
-from xtrain.preflight import host_name, known, preflight, told_to_others
-from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory
+from xtrain.preflight import everyones, host_name, known, preflight, told_to_others
+from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory, run_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
 from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
@@ -42,14 +45,30 @@ from xtrain.worker import launched, leave_word
 
 
 def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:
-    """One process's part of a run, from its data to its record; returns the exit code."""
-    first = job.rank == 0
-    say(first, f"backend {choice.backend.name}: {choice.reason}")
+    """One process's part of a run, from its data to its record; returns the exit code.
+
+    Under `memory: auto` it begins again, with less memory, when the device was full.
+    """
+    say(job.rank == 0, f"backend {choice.backend.name}: {choice.reason}")
     request = going_on(request)
+    while True:
+        try:
+            return _attempt(request, spec, choice, job, stop)
+        except TooMuch as full:
+            say(job.rank == 0, f"note: {full}")
+            request = replace(request, resume=full.directory, out=None)
+        gc.collect()  # the engine, whose parts know each other
+
+
+def _attempt(request: Request, given: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:
+    """From the data to the record, with one set of techniques. TooMuch where there is one below it."""
+    first = job.rank == 0
     with told_to_others(job):
         if request.resume:
             require_folder(request.resume)  # before anything that takes time
         directory = open_directory(request) if first else None
+        fitted = _fit(request, given, choice, job, directory) if given.memory == "auto" else None
+    spec = fitted.rung.spec if fitted else given
     guards = Guards(spec.stability) if spec.stability else None
     with directory.lock() if directory else nullcontext():
         with discarded_on_refusal(directory if directory and is_new(directory, request) else None):
@@ -58,13 +77,17 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
             if job.world > 1:
                 preflight(job, known(job, spec, data.content_hash), _hang_seconds(spec), partial(say, first))
             before = resident_bytes()
-            with _full_devices_told(resolved, choice.backend, begin, directory):
+            with (
+                _full_devices_told(resolved, choice.backend, begin, directory),
+                _less(fitted, job, directory),
+            ):
                 engine = choice.backend.start(resolved, model, job)
                 begin = agreed(engine, begin)
                 if begin.checkpoint:
                     restore(engine, begin.checkpoint, guards, job.rank)
             later_notes = (*model.notes, *engine.notes)
             resolved = replace(resolved, notes=(*resolved.notes, *later_notes))
+            resolved = fitted.noted(resolved) if fitted else resolved
             if directory:  # only now: a request that is refused has changed nothing
                 fill(directory, request, resolved, begin, partial(say, first))
         say(first, f"model {model.description}: {engine.parameter_count:,} parameters")
@@ -74,9 +97,32 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
         try:
             predicted = predict(spec, job.world, choice.backend, data.vocab_size, engine)
             facts = Facts(resolved, data, model, engine, predicted)
-            return Run(request, facts, choice.backend, directory, job, begin, guards, before, stop).train()
+            run = Run(request, facts, choice.backend, directory, job, begin, guards, before, stop, fitted)
+            return run.train()
         finally:
             engine.close()
+
+
+def _fit(request: Request, spec: Spec, choice: Choice, job: Job, directory: RunDirectory | None) -> Fitted:
+    """The techniques of `memory: auto`, the same on every rank."""
+    path = directory.path if directory else run_directory(request)
+    own = choice.backend.room_bytes(job) if isinstance(choice.backend, Planned) else None
+    rooms = [own] if job.world == 1 else everyones(job, "room", own, _hang_seconds(spec))
+    room = None if None in rooms else min(rooms)
+    fitted = fit(spec, job.world, choice.backend, room, path)
+    say(job.rank == 0, fitted.notes[-1])
+    return fitted
+
+
+@contextmanager
+def _less(fitted: Fitted | None, job: Job, directory: RunDirectory | None) -> Iterator[None]:
+    """Around the making of an engine: under `memory: auto` a full device is a reason to begin again."""
+    try:
+        yield
+    except OutOfMemory as full:
+        if fitted and fitted.lower and directory and job.world == 1:
+            raise fitted.too_much(full, None, directory.path) from None
+        raise
 
 
 def _prepare(
@@ -145,6 +191,8 @@ class Run:
     guards: Guards | None
     before: Counter
     stop: StopRequest
+    fitted: Fitted | None = None
+    """Under `memory: auto`."""
 
     def train(self) -> int:
         """The loop and, whatever comes of it, the record; returns the exit code."""
@@ -172,6 +220,7 @@ class Run:
             checkpointer,
             lambda: self.stop.requested,
             audits=not spec.train.compile,
+            saves_when_full=self.fitted is not None and self.job.world == 1,
             beat=watchdog.beat,
         )
         started = perf_counter()
@@ -180,6 +229,8 @@ class Run:
         seconds = perf_counter() - started
         checkpointer.close()
         observer.close()
+        if ended.full is not None and self.fitted and self.fitted.lower:
+            self._begin_again(self.fitted, ended.full, loop)
         self._record(ended, seconds, loop)
         if ended.error is not None:
             raise ended.error
@@ -216,7 +267,7 @@ class Run:
         except OutOfMemory as full:
             saved = _saved(self.begin, self.directory)
             failure = describe_out_of_memory(full, loop.step_memory, self.facts.resolved, self.backend, saved)
-            return Outcome("failed", failure, RunFailed(failure))
+            return Outcome("failed", failure, RunFailed(failure), full)
         except KeyboardInterrupt as interrupt:
             return Outcome("interrupted", "left at once", interrupt)
         except RunFailed as error:
@@ -226,6 +277,13 @@ class Run:
         if done < last:
             return Outcome("interrupted")
         return Outcome("done" if done == self.facts.resolved.spec.train.steps else "stopped")
+
+    def _begin_again(self, fitted: Fitted, full: OutOfMemory, loop: Loop) -> None:
+        """One rung down; among several processes, the others wait for this one: the launcher begins again."""
+        path = self.directory.path if self.directory else run_directory(self.request)
+        less = fitted.too_much(full, loop.saved_when_full, path)
+        if self.job.world == 1:
+            raise less
 
     def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
         memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)
@@ -269,6 +327,8 @@ class Outcome:
     status: Status
     failure: str | None = None
     error: BaseException | None = None
+    full: OutOfMemory | None = None
+    """Where a full device was what ended it."""
 
 
 def say(first: bool, text: str) -> None:

@@ -40,7 +40,6 @@ def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
         *_compile(spec),
         *batch_problems(spec, world),
         *_precision(spec),
-        *_memory(spec),
         *_offload(spec),
         *override_problems(spec, world, declared_settings(spec, world)),
     ]
@@ -107,11 +106,6 @@ def _precision(spec: Spec) -> Iterator[Problem]:
     if not floor.is_integer():
         expected = "expected a whole number: DeepSpeed takes no other"
         yield Problem("precision.min_loss_scale", printed(floor), expected, f"use {max(1, round(floor))}")
-
-
-def _memory(spec: Spec) -> Iterator[Problem]:
-    if spec.memory == "auto":
-        yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")
 
 
 def _offload(spec: Spec) -> Iterator[Problem]:

@@ -24,7 +24,6 @@ def find_problems(spec: Spec, world: int, device: str) -> list[Problem]:
         *_compile(spec, device),
         *_world(world, device),
         *_precision(spec),
-        *_memory(spec),
         *_offload(spec),
         *_devices(spec),
     ]
@@ -88,11 +87,6 @@ def _precision(spec: Spec) -> Iterator[Problem]:
     if weights not in ("fp32", dtype):
         found = f"{{dtype: {dtype}, weights: {weights}}}"
         yield Problem("precision", found, "weights must be fp32 or of the same dtype", f"use {dtype}")
-
-
-def _memory(spec: Spec) -> Iterator[Problem]:
-    if spec.memory == "auto":
-        yield Problem("memory", "auto", "not built on this backend yet", "leave the section out")
 
 
 def _offload(spec: Spec) -> Iterator[Problem]:

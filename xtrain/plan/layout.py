@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from xtrain.plan.step import Moment, Step
 
 if TYPE_CHECKING:
+    from xtrain.contract import Job
     from xtrain.spec.tree import Spec
 
 Categories: TypeAlias = "Counter[str]"
@@ -45,8 +46,8 @@ class Planned(Protocol):
         """
         ...
 
-    def room_bytes(self) -> int | None:
-        """What its device on this machine has for a training; None where nobody says. May import torch."""
+    def room_bytes(self, job: Job) -> int | None:
+        """What this process's device has for a training; None where nobody says. May import torch."""
         ...
 
 

@@ -1,0 +1,239 @@
+"""`memory: auto`: what a run begins with, and how it goes on with less when the device is full."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clean_process import start
+from tests.simulated.backend import Simulated, _devices, simulated_backend
+from tests.simulated.counting import MEMORY
+from tests.small_runs import metrics, steps
+from xtrain import registry
+from xtrain.choose import Choice
+from xtrain.contract import Job
+from xtrain.errors import EXIT_FAILED, RunFailed
+from xtrain.fitting import Failure, add_failure, fit, lower_after, read_history
+from xtrain.launch import Ended
+from xtrain.plan.auto import Rung, predicted_bytes, rungs
+from xtrain.record import RunRecord, load_record
+from xtrain.request import Request
+from xtrain.rundir import write_json
+from xtrain.signals import StopRequest
+from xtrain.spec import load_spec
+from xtrain.spec.tree import MemorySection, Spec
+from xtrain.work import work
+
+SPEC = """\
+model: {preset: gpt2-nano, layers: 4, hidden: 64, heads: 2}
+data: {source: synthetic, seq_len: 64, tokens: 40_000}
+batch: {global: 8, micro: 8}
+train: {steps: 8}
+optimizer: {name: adamw, lr: 2e-3}
+memory: auto
+"""
+TOLERANCE = 1e-5
+
+
+def spec_of(tmp_path: Path, *overrides: str) -> Spec:
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    return load_spec(tmp_path / "spec.yaml", overrides)
+
+
+def names(spec: Spec, backend: str, world: int = 1) -> list[str]:
+    return [rung.name for rung in rungs(spec, world, registry.load(backend))]
+
+
+def test_the_ladder_halves_the_micro_batch_then_recomputes_then_offloads(tmp_path: Path) -> None:
+    assert names(spec_of(tmp_path), "cuda") == [
+        "as it is",
+        "batch.micro 4",
+        "batch.micro 2",
+        "batch.micro 1",
+        "memory.checkpointing auto",
+        "memory.checkpointing {every: 1}",
+        "memory.offload optimizer and gradients",
+        "memory.offload activations too",
+        "memory.sharding parameters",
+    ]
+
+
+def test_what_does_nothing_on_a_backend_is_no_rung(tmp_path: Path) -> None:
+    found = names(spec_of(tmp_path), "cpu")
+    assert not [name for name in found if "offload" in name or "sharding" in name]
+    several = names(spec_of(tmp_path, "batch.micro=4"), "deepspeed", 2)
+    assert "memory.sharding gradients" in several
+    assert "memory.offload optimizer and gradients" in several
+
+
+def test_each_rung_is_the_same_training(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    for rung in rungs(spec, 1, registry.load("cuda")):
+        same = {"memory": spec.memory, "batch": spec.batch}
+        assert rung.spec.batch.global_ == spec.batch.global_
+        assert rung.spec.model_copy(update=same) == spec
+
+
+def test_the_first_rung_that_fits_is_taken(tmp_path: Path) -> None:
+    spec, backend = spec_of(tmp_path), registry.load("cuda")
+    ladder = rungs(spec, 1, backend)
+    needed = [predicted_bytes(rung.spec, 1, backend) for rung in ladder]
+    third = needed[2]
+    assert third is not None
+    assert fit(spec, 1, backend, int(third / 0.9) + 1, None).rung == ladder[2]
+    assert fit(spec, 1, backend, 1 << 40, None).rung == ladder[0]
+    assert fit(spec, 1, backend, 1, None).rung == ladder[-1]
+    assert fit(spec, 1, backend, None, None).rung == ladder[0]
+
+
+def test_a_rung_that_was_too_much_is_not_tried_again_nor_those_above_it(tmp_path: Path) -> None:
+    spec, backend = spec_of(tmp_path), registry.load("cuda")
+    add_failure(tmp_path, Failure("batch.micro 4", "full", 3))
+    fitted = fit(spec, 1, backend, None, tmp_path)
+    assert fitted.rung.name == "batch.micro 2"
+    assert "memory: auto: batch.micro 4 was too much: full" in fitted.notes
+
+
+@pytest.mark.parametrize(
+    ("killed", "code", "lower", "again"),
+    [(True, 1, ["x"], True), (False, 1, ["x"], False), (True, 1, [], False), (False, 0, ["x"], False)],
+)
+def test_the_launcher_begins_again_after_a_kill_with_something_less_to_try(
+    tmp_path: Path, killed: bool, code: int, lower: list[str], again: bool
+) -> None:
+    write_json(
+        tmp_path / "resolved.json", {"settings": {"memory_auto": {"rung": "as it is", "lower": lower}}}
+    )
+    assert lower_after(Ended(code, "rank 0 was killed by SIGKILL", killed), tmp_path) is again
+    told = [one.rung for one in read_history(tmp_path)]
+    assert told == (["as it is"] if again else [])
+
+
+def test_the_launcher_begins_again_where_a_worker_left_word(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "resolved.json", {"settings": {"memory_auto": {"rung": "as it is", "lower": ["x"]}}}
+    )
+    add_failure(tmp_path, Failure("as it is", "full", None))
+    assert lower_after(Ended(EXIT_FAILED, "full"), tmp_path)
+
+
+def trained(tmp_path: Path, out: Path, *overrides: str) -> RunRecord:
+    """A run in this process, as a worker does it."""
+    spec = spec_of(tmp_path, *overrides)
+    request = Request(tmp_path / "spec.yaml", "cpu", out, overrides=overrides)
+    with StopRequest() as stop:
+        assert work(request, spec, Choice(registry.load("cpu"), ""), Job(), stop) == 0
+    return load_record(out)
+
+
+def losses(out: Path) -> list[float]:
+    return [record.loss for record in metrics(out) if record.loss is not None]
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`cpu` computes on the simulated device, whose memory can be limited."""
+    with simulated_backend():
+        gc.collect()
+        monkeypatch.setitem(_devices.DEVICES, "cpu", Simulated)
+        yield
+        MEMORY[0].limit_bytes = None
+
+
+PLAIN = "memory={}"
+
+
+@pytest.mark.usefixtures("simulated")
+def test_it_fits_where_the_plain_run_dies_with_the_same_losses(tmp_path: Path) -> None:
+    trained(tmp_path, tmp_path / "roomy", PLAIN)
+    gc.collect()
+    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 5 * 2**20
+    with pytest.raises(RunFailed, match="out of memory"):
+        trained(tmp_path, tmp_path / "plain", PLAIN)
+    gc.collect()
+    record = trained(tmp_path, tmp_path / "auto")
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "roomy"), rel=TOLERANCE)
+    assert steps(tmp_path / "auto") == list(range(1, 9))
+    assert record.status == "done"
+    settings: Any = record.settings["memory_auto"]
+    assert settings["rung"] != "as it is"
+    assert any("memory: auto: trains with" in note for note in record.notes)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_device_that_gets_full_in_the_middle_is_left_from_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xtrain.loop import Loop
+
+    trained(tmp_path, tmp_path / "roomy", PLAIN)
+    honest = Loop._step
+
+    def step(loop: Loop, number: int, *rest: Any) -> None:
+        if number == 5 and not read_history(tmp_path / "auto"):
+            MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 2**20
+        try:
+            honest(loop, number, *rest)
+        finally:
+            MEMORY[0].limit_bytes = None
+
+    monkeypatch.setattr(Loop, "_step", step)
+    record = trained(tmp_path, tmp_path / "auto")
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "roomy"), rel=TOLERANCE)
+    assert steps(tmp_path / "auto") == list(range(1, 9))
+    (failure,) = read_history(tmp_path / "auto")
+    assert failure.rung == "as it is"
+    assert failure.saved_step == 5
+    assert "sim:0 is out of memory" in failure.why
+    settings: Any = record.settings["memory_auto"]
+    assert settings["rung"] == "batch.micro 4"
+    assert settings["failures"] == [vars(failure)]
+    assert any("as it is was too much: sim:0 is out of memory" in note for note in record.notes)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_with_nothing_less_to_try_the_run_fails_and_says_so(tmp_path: Path) -> None:
+    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 2**18
+    with pytest.raises(RunFailed, match="out of memory"):
+        trained(tmp_path, tmp_path / "auto")
+
+
+def run_limited(folder: str, room_bytes: int, *overrides: str) -> None:
+    """In a process of its own: leaves with 0 when it trained, 3 when memory did not suffice."""
+    addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (addresses + room_bytes,) * 2)
+    try:
+        trained(Path(folder), Path(folder) / "out", *overrides)
+    except RunFailed:
+        sys.exit(3)
+
+
+def limited(folder: Path, room_bytes: int, *overrides: str) -> int | None:
+    folder.mkdir()
+    process = start(run_limited, str(folder), room_bytes, *overrides)
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
+def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: Path) -> None:
+    wide = ("model.hidden=256", "data.seq_len=256", "batch={global: 32, micro: 32}", "train.steps=3")
+    room = 500 * 2**20
+    assert limited(tmp_path / "plain", room, *wide, PLAIN) == 3
+    assert limited(tmp_path / "auto", room, *wide) == 0
+    assert limited(tmp_path / "roomy", 1 << 40, *wide, PLAIN) == 0
+    found, expected = (losses(tmp_path / name / "out") for name in ("auto", "roomy"))
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_a_rung_s_spec_names_every_technique(tmp_path: Path) -> None:
+    for rung in rungs(spec_of(tmp_path), 1, registry.load("cpu")):
+        assert isinstance(rung, Rung)
+        assert isinstance(rung.spec.memory, MemorySection)

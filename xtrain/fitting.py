@@ -1,0 +1,144 @@
+"""`memory: auto` in a run: the rung it begins with, and the next one when the device is full.
+
+What happened lies in the run directory (memory.json), so that it outlives the process: a kill by the system
+leaves no time to write. A rung that was too much is not tried again, also not when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xtrain.contract import JSON, Backend, OutOfMemory, Resolved
+from xtrain.errors import EXIT_FAILED
+from xtrain.launch import Ended
+from xtrain.plan.auto import Rung, predicted_bytes, rungs
+from xtrain.rundir import write_json
+from xtrain.spec.tree import Spec
+from xtrain.summary import format_bytes
+
+HISTORY = "memory.json"
+USABLE = 0.9
+"""Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""
+
+
+class TooMuch(Exception):
+    """The device was full, and there is a rung below: the run in `directory` goes on there."""
+
+    def __init__(self, message: str, directory: Path) -> None:
+        super().__init__(message)
+        self.directory = directory
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rung that was too much."""
+
+    rung: str
+    why: str
+    saved_step: int | None
+    """The update after which the run could be saved then; None where an earlier checkpoint has to do."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The rung that a run is on."""
+
+    rung: Rung
+    lower: Sequence[Rung]
+    failures: Sequence[Failure]
+    reason: str
+
+    @property
+    def notes(self) -> list[str]:
+        told = [f"memory: auto: {one.rung} was too much: {one.why}" for one in self.failures]
+        return [*told, f"memory: auto: trains with {self.rung.name}: {self.reason}"]
+
+    def too_much(self, full: OutOfMemory, saved_step: int | None, directory: Path) -> TooMuch:
+        """Word of it is left in the run directory, for whoever goes on there."""
+        add_failure(directory, Failure(self.rung.name, str(full), saved_step))
+        where = "step 0 or the last checkpoint" if saved_step is None else f"step {saved_step}"
+        return TooMuch(f"{full}, with {self.rung.name}; it goes on from {where} with less", directory)
+
+    def noted(self, resolved: Resolved) -> Resolved:
+        """With what was chosen, and why, in its notes and settings."""
+        settings = {**resolved.settings, "memory_auto": self.settings()}
+        return replace(resolved, notes=(*resolved.notes, *self.notes), settings=settings)
+
+    def settings(self) -> dict[str, JSON]:
+        return {
+            "rung": self.rung.name,
+            "reason": self.reason,
+            "failures": [vars(one) for one in self.failures],
+            "lower": [one.name for one in self.lower],
+        }
+
+
+def fit(spec: Spec, world: int, backend: Backend, room_bytes: int | None, directory: Path | None) -> Fitted:
+    """The rung to train with. `room_bytes` is what a device has; the same for every process."""
+    ladder = rungs(spec, world, backend)
+    failures = read_history(directory)
+    failed = {one.rung for one in failures}
+    left = [rung for place, rung in enumerate(ladder) if not any(r.name in failed for r in ladder[place:])]
+    if not left:
+        return Fitted(ladder[-1], (), failures, "the last there is")
+    place, reason = _first_that_fits(left, world, backend, room_bytes)
+    return Fitted(left[place], left[place + 1 :], failures, reason)
+
+
+def _first_that_fits(
+    left: Sequence[Rung], world: int, backend: Backend, room_bytes: int | None
+) -> tuple[int, str]:
+    if room_bytes is None:
+        return 0, "how much memory there is, is not known"
+    for place, rung in enumerate(left):
+        needed = predicted_bytes(rung.spec, world, backend)
+        if needed is None:
+            return place, "what it needs is known only once it runs"
+        if needed <= USABLE * room_bytes:
+            return place, f"{format_bytes(needed)} predicted, {format_bytes(room_bytes)} there"
+    return len(left) - 1, f"the last there is; {format_bytes(room_bytes)} are there"
+
+
+def read_history(directory: Path | None) -> list[Failure]:
+    """Of the run in `directory`; nothing where it has none."""
+    try:
+        found = json.loads((directory / HISTORY).read_text(encoding="utf-8")) if directory else []
+        return [Failure(str(one["rung"]), str(one["why"]), one["saved_step"]) for one in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def add_failure(directory: Path, failure: Failure) -> None:
+    """From now on the run in `directory` does without that rung and those above it."""
+    write_json(directory / HISTORY, [vars(one) for one in (*read_history(directory), failure)])
+
+
+def lower_after(ended: Ended, directory: Path) -> bool:
+    """For the launcher: whether the run in `directory` is to begin again, one rung down.
+
+    A killed process could leave no word: its rung, and what was below it, are in resolved.json.
+    """
+    was = _last_settings(directory)
+    lower = was.get("lower")
+    if ended.code != EXIT_FAILED or not lower:
+        return False
+    told = [one.rung for one in read_history(directory)]
+    if was["rung"] in told:
+        return True
+    if ended.killed:
+        add_failure(directory, Failure(str(was["rung"]), ended.message.splitlines()[0], None))
+    return ended.killed
+
+
+def _last_settings(directory: Path) -> dict[str, Any]:
+    """What the last attempt wrote down about its rung; empty where it had none."""
+    try:
+        resolved = json.loads((directory / "resolved.json").read_text(encoding="utf-8"))
+        found = resolved["settings"]["memory_auto"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
