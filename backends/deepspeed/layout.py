@@ -16,7 +16,7 @@ from .zero import SMALLEST_BUCKET, offload_of, stage_of
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
-REDUCED_COPIES = 3
+SCATTERED_COPIES, SCATTERED_AUTOCAST = 3, 2
 """Of a full bucket, while stage 3 scatters it."""
 
 
@@ -108,7 +108,8 @@ class Partitioned:
         live = min(model.parameters, 2 * model.block_parameters + table)
         held["parameters"] += width * live
         made = moment.made_blocks * model.block_parameters + moment.made_outside
-        held["other"] += REDUCED_COPIES * width * min(made, self._bucket_numbers(step))
+        copies = SCATTERED_AUTOCAST if step.widths.autocast else SCATTERED_COPIES
+        held["other"] += copies * width * min(made, self._bucket_numbers(step))
 
 
 def layout_of(spec: Spec, world: int, device: str) -> Partitioned | None:

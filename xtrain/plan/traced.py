@@ -7,6 +7,7 @@ seconds. Kernels are chosen as on a CPU; another device's attention may keep les
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -46,7 +47,7 @@ class Tracer:
         return self.measured(changed.micro_batch, changed.data.seq_len, widths)
 
     def _measure(self, sequences: int, seq_len: int, widths: Widths) -> ModelBytes:
-        with self.mode, _told(self.spec):
+        with self.mode, _told(self.spec), _nothing_packed():
             _make_fake(self.model, DTYPES[widths.weight])
             kept = Kept(self.model, self.blocks)
             with kept.watched(), torch.autocast("cpu", torch.bfloat16) if widths.autocast else nullcontext():
@@ -182,6 +183,24 @@ def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     kept = dtype if tensor.is_floating_point() else tensor.dtype
     new = torch.empty(tensor.shape, dtype=kept, device="cpu")
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """The transformers library looks at numbers to see whether sequences were packed; ours never are.
+
+    Where it cannot look it makes a mask for the case that they are, which no run has.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    find = getattr(masking, "find_packed_sequence_indices", None)
+    if find is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = find
 
 
 @contextmanager
