@@ -98,12 +98,14 @@ def test_named_backend_is_asked_with_the_given_number_of_processes(good: Path) -
 def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good.write_text(f"{GOOD}memory: auto\nprecision: fp8\nlaunch:\n  processes: 2\n")
+    on_a_drive = "memory: {offload: {optimizer: {device: nvme, path: drive}}}"
+    good.write_text(f"{GOOD}{on_a_drive}\nprecision: fp8\nlaunch:\n  processes: 2\n")
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = xtrain("check", good, "--backend", "cpu", "--set", "train.compile=true")
     assert result.stderr == (
         f"error: {good}, on backend cpu, has 4 problems\n"
-        "  6:9: memory: found auto, not built on this backend yet; leave the section out\n"
+        "  6:31: memory.offload.optimizer: found nvme, this backend offloads to the CPU only; use cpu, or "
+        "--backend deepspeed\n"
         "  7:12: precision: found 'fp8', expected fp32, bf16, fp16 or a section with dtype, weights, "
         "loss_scale, initial_scale_power, ...\n"
         "  9:14: launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "

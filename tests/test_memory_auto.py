@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clean_process import start
+from tests.conformance.environment import ROOT
 from tests.simulated.backend import Simulated, _devices, simulated_backend
 from tests.simulated.counting import MEMORY
 from tests.small_runs import metrics, steps
@@ -123,12 +125,16 @@ def test_the_launcher_begins_again_where_a_worker_left_word(tmp_path: Path) -> N
     assert lower_after(Ended(EXIT_FAILED, "full"), tmp_path)
 
 
-def trained(tmp_path: Path, out: Path, *overrides: str) -> RunRecord:
+def train(tmp_path: Path, out: Path, *overrides: str) -> None:
     """A run in this process, as a worker does it."""
     spec = spec_of(tmp_path, *overrides)
     request = Request(tmp_path / "spec.yaml", "cpu", out, overrides=overrides)
     with StopRequest() as stop:
         assert work(request, spec, Choice(registry.load("cpu"), ""), Job(), stop) == 0
+
+
+def trained(tmp_path: Path, out: Path, *overrides: str) -> RunRecord:
+    train(tmp_path, out, *overrides)
     return load_record(out)
 
 
@@ -209,7 +215,7 @@ def run_limited(folder: str, room_bytes: int, *overrides: str) -> None:
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (addresses + room_bytes,) * 2)
     try:
-        trained(Path(folder), Path(folder) / "out", *overrides)
+        train(Path(folder), Path(folder) / "out", *overrides)
     except RunFailed:
         sys.exit(3)
 
@@ -224,13 +230,38 @@ def limited(folder: Path, room_bytes: int, *overrides: str) -> int | None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
 def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: Path) -> None:
-    wide = ("model.hidden=256", "data.seq_len=256", "batch={global: 32, micro: 32}", "train.steps=3")
-    room = 500 * 2**20
+    wide = ("model.hidden=128", "data.seq_len=256", "batch={global: 32, micro: 32}", "train.steps=2")
+    room = 320 * 2**20
     assert limited(tmp_path / "plain", room, *wide, PLAIN) == 3
     assert limited(tmp_path / "auto", room, *wide) == 0
     assert limited(tmp_path / "roomy", 1 << 40, *wide, PLAIN) == 0
     found, expected = (losses(tmp_path / name / "out") for name in ("auto", "roomy"))
     assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> None:
+    """The first two updates are saved; the third is killed with 4 sequences a pass, and not with 2."""
+    spec = tmp_path / "spec.yaml"
+    text = SPEC.replace(
+        "{preset: gpt2-nano, layers: 4, hidden: 64, heads: 2}", "{factory: tests.workers.hungry:build}"
+    )
+    spec.write_text(
+        text.replace("{global: 8, micro: 8}", "{global: 4, micro: 4}") + "checkpoint: {every_steps: 1}\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "xtrain", "run", str(spec), "--backend", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (failure,) = read_history(out)
+    assert failure.rung == "as it is"
+    assert "SIGKILL" in failure.why
+    record = load_record(out)
+    assert record.status == "done"
+    assert steps(out) == list(range(1, 9))
+    settings: Any = record.settings["memory_auto"]
+    assert settings["rung"] == "batch.micro 2"
+    assert "resumed from" in done.stderr
 
 
 def test_a_rung_s_spec_names_every_technique(tmp_path: Path) -> None:

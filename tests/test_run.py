@@ -60,11 +60,15 @@ def test_a_job_of_another_size_than_the_spec_names_is_refused(monkeypatch: pytes
     ]
 
 
+ON_A_DRIVE = "memory: {offload: {optimizer: {device: nvme, path: drive}}}\n"
+
+
 def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
-    assert refused(f"{SPEC}memory: auto\n", "--backend", "cpu", "--nproc", "2") == [
+    assert refused(f"{SPEC}{ON_A_DRIVE}", "--backend", "cpu", "--nproc", "2") == [
         "error: spec.yaml, on backend cpu, has 3 problems",
         f"  3:17: batch.global: found 12, {SHARED}",
-        "  6:9: memory: found auto, not built on this backend yet; leave the section out",
+        "  6:31: memory.offload.optimizer: found nvme, this backend offloads to the CPU only; use cpu, or "
+        "--backend deepspeed",
         "  launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
         "deepspeed for 2 processes",
     ]
@@ -73,9 +77,9 @@ def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
 @pytest.mark.slow  # asks every backend whether it is usable, which imports its library
 def test_backend_that_was_chosen_refuses_with_the_place_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    head, *lines = refused(f"{SPEC}memory: auto\n", "--set", "train.compile=true")
+    head, *lines = refused(f"{SPEC}{ON_A_DRIVE}", "--set", "train.compile=true")
     assert head.startswith("error: spec.yaml, on backend ")
     assert [line.split(" found")[0] for line in lines] == [
-        "  6:9: memory:",
+        "  6:31: memory.offload.optimizer:",
         "  --set train.compile=true: train.compile:",
     ]

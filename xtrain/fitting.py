@@ -85,6 +85,8 @@ def fit(spec: Spec, world: int, backend: Backend, room_bytes: int | None, direct
     left = [rung for place, rung in enumerate(ladder) if not any(r.name in failed for r in ladder[place:])]
     if not left:
         return Fitted(ladder[-1], (), failures, "the last there is")
+    if failures:  # the prediction was wrong, or somebody else needs memory too
+        return Fitted(left[0], left[1:], failures, "the next one below")
     place, reason = _first_that_fits(left, world, backend, room_bytes)
     return Fitted(left[place], left[place + 1 :], failures, reason)
 

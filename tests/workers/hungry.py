@@ -1,0 +1,32 @@
+"""A model that the system kills, as it does where memory is short: whenever a pass has too many sequences."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+TOO_MANY = 4
+
+
+class Hungry(nn.Module):
+    """Tokens to logits, for at most TOO_MANY - 1 sequences, from the third pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(257, 8)
+        self.head = nn.Linear(8, 257)
+        self.passes = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        if self.passes > 2 and self.training and len(tokens) >= TOO_MANY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        logits: torch.Tensor = self.head(self.embedding(tokens))
+        return logits
+
+
+def build() -> nn.Module:
+    return Hungry()
