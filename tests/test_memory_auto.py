@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clean_process import start
-from tests.ROOTPLACE import ROOT
+from tests.jobs import ROOT
 from tests.simulated.backend import Simulated, _devices, simulated_backend
 from tests.simulated.counting import MEMORY
 from tests.small_runs import metrics, steps
