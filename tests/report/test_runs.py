@@ -59,6 +59,12 @@ def test_a_failed_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     assert "Not b: it failed: cuda:0 is out of memory" in done.output
 
 
+def test_a_run_that_was_interrupted_says_so_beside_its_steps(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", sample_steps(12), status="interrupted")
+    done = report(run, "--out", tmp_path / "out")
+    assert "12 (interrupted)" in done.output
+
+
 def test_the_report_as_json_stands_alone_on_standard_output(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     done = report(run, "--out", tmp_path / "out", "--json")

@@ -115,7 +115,7 @@ def _losses(lanes: Lanes, reference: str | None) -> Table:
     rows = [
         [
             name,
-            f"{figures.steps:,}",
+            f"{figures.steps:,}{'' if figures.status == 'done' else f' ({figures.status})'}",
             format_loss(figures.loss.first),
             format_loss(figures.loss.last),
             f"{figures.eval.last:.4f}" if figures.eval else NOT_MEASURED,
