@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xtrain.contract import JSON
 
 RECORDED_PACKAGES = ("xtrain", "torch", "numpy", "deepspeed", "transformers")
+_CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -51,12 +52,21 @@ def cpu_name() -> str | None:
     """The processor's name as people know it."""
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
+    return _of_cpu("model name") or platform.processor() or None
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instructions of an x86 processor, as Linux names them; empty elsewhere."""
+    return frozenset((_of_cpu("flags") or "").split())
+
+
+def _of_cpu(name: str) -> str | None:
+    """The value of a line of Linux's /proc/cpuinfo, of the first processor that has one."""
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(errors="replace").splitlines():
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    return platform.processor() or None
+    return None
 
 
 def git_commit(folder: Path) -> str | None:

@@ -42,14 +42,16 @@ from ..yardstick import matmul_peak
 from . import state
 from .construct import bound_gathering, build
 from .drive import Drive
-from .environment import collective_timeout, device_of, require_fp16, start_process_group
+from .environment import collective_timeout, device_of, start_process_group
+from .fp16 import require_fp16
 from .holdings import holdings
 from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
+from .saved import keeping
 from .votes import Votes
-from .zero import stage_of
+from .zero import offload_of, stage_of
 
 
 class DeepSpeedEngine:
@@ -79,12 +81,14 @@ class DeepSpeedEngine:
         compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)
         self.first_step = FirstStep(spec, first_rank=job.rank == 0)
+        self.parks_activations = offload_of(spec).activations.enabled
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
         self.optimizer = build_optimizer(spec.optimizer, built.model, built.decayed)
         self.engine, *_ = deepspeed.initialize(
             model=built.model, optimizer=self.optimizer, config=self.drive.config
         )
+        self.replicated = list(built.model.parameters()) if self.stage == 0 else []
         if self.stage == 3:
             bound_gathering(self.engine)
         self._vetoed = False
@@ -111,13 +115,19 @@ class DeepSpeedEngine:
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             with trace.span("forward"):
-                loss = self.engine(*self._to_device(batch))
+                loss = self.forward(batch)
             with trace.span("backward"):  # DeepSpeed reduces gradients in here
                 self.engine.backward(loss * (self.data_size / step.target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if index != last:
                 self.engine.step()  # counts the micro-batch; DeepSpeed updates at the last one
         return loss_sum
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The sum of token losses, with a graph for the backward pass."""
+        with keeping(self.stage, self.parks_activations):
+            loss: torch.Tensor = self.engine(*self._to_device(batch))
+        return loss
 
     def _update(
         self, step: StepInput, loss_sum: torch.Tensor, accept: Accept | None, trace: Trace
@@ -133,7 +143,7 @@ class DeepSpeedEngine:
     ) -> torch.Tensor | float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = step.lr
-        own_norm = clip_replicated(self.engine.module, self.spec.train.clip) if self.stage == 0 else None
+        own_norm = clip_replicated(self.replicated, self.spec.train.clip) if self.replicated else None
         self._vetoed = False
         self.optimizer.veto = self._ask_once(accept, step, loss_sum, own_norm) if accept else None
         self.engine.step()

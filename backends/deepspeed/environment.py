@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from xtrain.contract import JSON, Availability, Job
-from xtrain.errors import RequestError
 from xtrain.preflight import ADDRESS
 
 from .apple import decide, on_mac, this_mac
+from .nvme import INSTALL, find_libaio
 from .operators import announce, folders, needed
 from .stale_locks import clear_stale_locks
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from xtrain.spec.tree import Spec
 
-EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
 LEAVE_SECONDS = 5
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "mps": "gloo"}
 
@@ -64,10 +63,8 @@ def facts() -> dict[str, JSON]:
     prepare()
     with redirect_stdout(io.StringIO()):
         from deepspeed.accelerator import get_accelerator
-        from deepspeed.ops.op_builder import AsyncIOBuilder
 
         accelerator = get_accelerator()
-        nvme = AsyncIOBuilder().is_compatible(verbose=False)
     return {
         "accelerator": accelerator.device_name(),
         "communication": accelerator.communication_backend_name(),
@@ -75,7 +72,7 @@ def facts() -> dict[str, JSON]:
         "fp16": "yes" if accelerator.is_fp16_supported() else "no",
         "compiler": shutil.which("g++") or "none: install g++",
         "ninja": shutil.which("ninja") or "none: pip install ninja",
-        "NVMe offload (libaio)": "yes" if nvme else "no: install libaio's headers (libaio-dev)",
+        "NVMe offload (libaio)": "yes" if find_libaio() else f"no: {INSTALL}",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR"),
     }
 
@@ -105,25 +102,6 @@ def _choose_interface() -> None:
         if any(one.address == address for one in addresses):
             for collectives in COLLECTIVES.values():
                 os.environ.setdefault(f"{collectives.upper()}_SOCKET_IFNAME", name)
-
-
-def require_fp16(device: torch.device) -> None:
-    """Refuse fp16 where the processor has none, as DeepSpeed would, unless slow arithmetic was asked for."""
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.is_fp16_supported():
-        return
-    if device.type != "cpu" or os.environ.get(EMULATED_FP16) != "1":
-        raise RequestError(
-            "precision fp16 on deepspeed: this processor has no fp16 arithmetic "
-            "(on a CPU avx512_fp16 or AMX); use precision: bf16, "
-            f"or set {EMULATED_FP16}=1 to have it computed slowly"
-        )
-    supported = [*accelerator.supported_dtypes(), torch.float16]
-    accelerator.is_fp16_supported = lambda: True
-    accelerator.supported_dtypes = lambda: supported
 
 
 def announce_compilation(spec: Spec) -> None:

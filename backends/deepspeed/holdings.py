@@ -11,16 +11,16 @@ from xtrain.contract import Holdings
 
 
 def holdings(engine: Any, flat: list[torch.Tensor]) -> Holdings:
-    """By category, each tensor with the first that names it; `other` is what gradients are reduced in.
+    """By category; `other` is what gradients are reduced in.
 
-    `flat` is what the optimizer updates on this rank: from stage 1 on a copy, also in fp32. Of what is on a
-    drive only the buffers are in memory.
+    `flat` is what the optimizer updates on this rank: at stage 0 the weights themselves, from stage 1 on a
+    copy, also in fp32. Of what is on a drive only the buffers are in memory.
     """
     zero = engine.optimizer
     state = getattr(zero, "optimizer", zero).state
     found = {
         "parameters": _weights(engine.module),
-        "master": iter(flat),
+        "master": flat if engine.zero_optimization() else (),
         "gradients": _gradients(engine.module, zero, flat),
         "optimizer": (value for tensor in flat for value in state.get(tensor, {}).values()),
         "other": _buckets(zero),

@@ -8,7 +8,7 @@ from typing import Any
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
 from xtrain.spec.fits import fits
-from xtrain.spec.keys import NOT_BUILT, covering
+from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
 from xtrain.translation import Imported, Tree, placed
@@ -20,7 +20,6 @@ from .import_schedule import import_optimizer, import_schedule
 from .known_keys import KNOWN
 from .leaves import Leaves
 from .overrides import OWNERS, is_section, leaves, nearest
-from .support import REFUSED
 from .translate import NEVER
 from .zero import STAGES
 
@@ -184,8 +183,6 @@ def _checkpointing(found: Leaves) -> Tree:
     if not number:
         found.say("memory.checkpointing", "the config does not say which layers: every one")
     tree: Tree = {"memory.checkpointing": {"number": int(number)} if number else {"every": 1}}
-    if on_cpu and covering("memory.offload.activations", REFUSED):
-        found.left_out.append(f"{block}.cpu_checkpointing: true: memory.offload.activations is {NOT_BUILT}")
-    elif on_cpu:
+    if on_cpu:
         tree["memory.offload.activations"] = "cpu"
     return tree

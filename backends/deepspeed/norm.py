@@ -6,16 +6,17 @@ gradients. So its own clipping is off at stage 0, and this stands between backwa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
 
 EPSILON = 1e-6
 """Keeps the factor finite when all gradients are zero; torch's and DeepSpeed's value."""
 
 
-def clip_replicated(module: nn.Module, max_norm: float | None) -> torch.Tensor:
+def clip_replicated(parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
     """The global norm before clipping, 0-dim; scales the gradients in place where it is above max_norm."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
     if max_norm is not None:
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + EPSILON), max=1.0))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 HEADER = "libaio.h"
+INSTALL = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora)"
 
 
 def nvme_problems(spec: Spec, has_libaio: bool | None = None) -> Iterator[Problem]:
@@ -31,12 +32,14 @@ def nvme_problems(spec: Spec, has_libaio: bool | None = None) -> Iterator[Proble
         yield from _folder(f"{path}.path", target.path)
         if not (find_libaio() if has_libaio is None else has_libaio):
             expected = f"DeepSpeed writes to a drive through libaio, and {HEADER} was not found here"
-            nearest = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), or use cpu"
-            yield Problem(f"{path}.device", "nvme", expected, nearest)
+            yield Problem(f"{path}.device", "nvme", expected, f"{INSTALL}, or use cpu")
 
 
 def find_libaio() -> bool:
-    """Whether the compiler would find the header; DeepSpeed itself tries to compile, which takes seconds."""
+    """Whether the compiler would find the header, which comes with the library to link with.
+
+    For `check`, `doctor` and the tests alike; DeepSpeed itself tries to compile, which takes seconds.
+    """
     return any((folder / HEADER).exists() for folder in _include_folders())
 
 

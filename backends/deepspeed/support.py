@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 from xtrain.spec.check import batch_problems
-from xtrain.spec.keys import printed, refusals
+from xtrain.spec.keys import printed
 from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
 from xtrain.techniques.compiled import compile_notes, compile_problems
 
 from .apple import mac_notes, mac_problems, macos_version, on_mac
+from .fp16 import fp16_problems
 from .nvme import nvme_problems
 from .overrides import override_problems
 from .translate import declared_settings
@@ -21,22 +22,20 @@ from .zero import STAGES, offload_of, stage_of
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
-REFUSED = {
-    "memory.offload.activations": "use memory.checkpointing",
-}
-"""Keys whose technique comes later, with what to do until then."""
-
 
 def find_problems(spec: Spec, world: int) -> list[Problem]:
     """What of `spec` cannot be honoured with `world` processes on this machine."""
-    here = mac_problems(spec, world, macos_version()) if on_mac() else nvme_problems(spec)
+    here = (
+        mac_problems(spec, world, macos_version())
+        if on_mac()
+        else (*nvme_problems(spec), *fp16_problems(spec))
+    )
     return [*find_spec_problems(spec, world), *here]
 
 
 def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
     """What of `spec` cannot be honoured with `world` processes, whatever the machine."""
     return [
-        *refusals(spec, REFUSED),
         *_compile(spec),
         *batch_problems(spec, world),
         *_precision(spec),
@@ -61,6 +60,11 @@ def find_notes(spec: Spec) -> list[str]:
         notes += mac_notes(spec)
     if offload_of(spec).optimizer.enabled and not offload_of(spec).gradients.enabled:
         notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
+    if offload_of(spec).activations.enabled:
+        notes.append(
+            "memory.offload.activations: xtrain itself sends what autograd keeps to the CPU and back; where "
+            "DeepSpeed computes on the CPU, it is there already"
+        )
     if stage_of(spec) == 3 and spec.model.preset is None:
         notes.append(
             "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
@@ -119,6 +123,9 @@ def _offload(spec: Spec) -> Iterator[Problem]:
         found = f"{offload.gradients.device} with optimizer {offload.optimizer.device}"
         expected = "DeepSpeed keeps offloaded gradients where it updates: with the optimizer"
         yield Problem("memory.offload.gradients", found, expected, "set memory.offload.optimizer to the same")
+    if offload.activations.device == "nvme":
+        expected = "what autograd keeps goes to the CPU only: it is needed again within the step"
+        yield Problem("memory.offload.activations", "nvme", expected, "use cpu, or memory.checkpointing")
     for key in ("optimizer", "parameters"):
         if getattr(offload, key).device != "nvme":
             continue

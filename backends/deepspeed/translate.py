@@ -100,7 +100,10 @@ def _communication(spec: Spec) -> Iterator[Setting]:
 
 
 def _activation_checkpointing(spec: Spec) -> Iterator[Setting]:
-    """The block of deepspeed.checkpointing, where the spec says something that it has a word for."""
+    """The block of deepspeed.checkpointing, where the spec says something that it has a word for.
+
+    For models that call it: under xtrain none does, and recomputing and offloading are xtrain's own.
+    """
     if spec.memory == "auto":
         return
     groups, on_cpu = _groups(spec), spec.memory.offload.activations.device == "cpu"

@@ -126,6 +126,7 @@ def run(spec: Spec, job: Job, accept: Accept | None = None) -> dict[str, Any]:
         "gathered": engine.gather({"rank": job.rank}),
         "place": [engine.data_rank, engine.data_size],
         "parameter_count": engine.parameter_count,
+        "held_bytes": engine.gather(dict(engine.memory().categories or {})),
     }
     engine.close()
     return found

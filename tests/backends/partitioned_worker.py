@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from xtrain import registry
-from xtrain.contract import Job, StateKind, StepInput
+from xtrain.contract import Batch, Job, StateKind, StepInput
 from xtrain.data import open_data
 from xtrain.ledger import Ledger
 from xtrain.models.source import model_source
@@ -102,8 +103,10 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
     shapes = {name: form.shape for (name, kind), form in engine.state_layout().items() if kind == "weight"}
     with ledger.open():
         engine.import_state(OneByOne(shapes))
+    held_bytes = weights_held_between_the_passes(engine, data.micro_batches(0, engine.data_rank, 2)[0])
     found = {
         "gathered": gathered,
+        "held_bytes": held_bytes,
         "parameters": engine.parameter_count,
         "allowed": config["zero_optimization"]["stage3_max_live_parameters"],
         "categories": before,
@@ -111,6 +114,24 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
     }
     engine.close()
     return found
+
+
+def weights_held_between_the_passes(engine: Any, batch: Batch) -> int:
+    """Bytes of gathered weights that are still there when a forward pass has ended, whoever holds them."""
+    seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def note(module: Any, *ignored: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            storage = parameter.untyped_storage()
+            seen.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+    hooks = [module.register_forward_pre_hook(note) for module in engine.engine.module.modules()]
+    loss = engine.forward(batch)
+    held = sum(size for storage, size in seen.values() if not storage.expired())
+    for hook in hooks:
+        hook.remove()
+    engine.engine.backward(loss)  # so that what is gathered is let go of
+    return held
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from backends.deepspeed import fp16
+from backends.deepspeed.fp16 import fp16_problems
 from backends.deepspeed.nvme import find_libaio, nvme_problems
 from tests.small_specs import make_spec
 from xtrain import registry
@@ -83,10 +85,55 @@ def test_processes_must_divide_the_batch(world: int, sound: bool) -> None:
     assert (BACKEND.problems(make_spec(), world) == []) is sound
 
 
-def test_a_loss_scale_below_one_is_refused_for_deepspeed() -> None:
+def test_a_loss_scale_below_one_is_refused_for_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fp16.EMULATED, "1")
     spec = make_spec(precision={"dtype": "fp16", "min_loss_scale": 0.5})
     (problem,) = BACKEND.problems(spec, 1)
     assert problem.path == "precision.min_loss_scale"
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no GPU beside it, and nobody who asked for slow arithmetic."""
+    monkeypatch.setattr(fp16, "GPUS", ())
+    monkeypatch.delenv(fp16.EMULATED, raising=False)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_fp16_on_a_processor_without_it_is_told_before_anything_starts() -> None:
+    (problem,) = fp16_problems(make_spec(precision="fp16"), {"sse2", "avx512f"})
+    assert problem.path == "precision"
+    assert "no fp16 arithmetic" in problem.expected
+    assert "bf16" in problem.nearest
+    assert fp16.EMULATED in problem.nearest
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize(
+    ("precision", "flags"),
+    [("bf16", {"sse2"}), ("fp16", {"sse2", "avx512_fp16"}), ("fp16", {"amx_fp16"}), ("fp16", set())],
+    ids=["not asked for", "avx512", "amx", "nobody tells"],
+)
+def test_fp16_is_no_problem_where_it_may_be_there(precision: str, flags: set[str]) -> None:
+    assert list(fp16_problems(make_spec(precision=precision), flags)) == []
+
+
+def test_fp16_that_somebody_wants_slowly_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fp16.EMULATED, "1")
+    assert list(fp16_problems(make_spec(precision="fp16"), {"sse2"})) == []
+
+
+def test_fp16_beside_a_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fp16, "GPUS", (str(tmp_path),))
+    monkeypatch.delenv(fp16.EMULATED, raising=False)
+    assert list(fp16_problems(make_spec(precision="fp16"), {"sse2"})) == []
+
+
+def test_check_asks_for_fp16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp16, "GPUS", ())
+    monkeypatch.setattr(fp16, "cpu_flags", lambda: {"sse2"})
+    monkeypatch.delenv(fp16.EMULATED, raising=False)
+    assert [problem.path for problem in BACKEND.problems(make_spec(precision="fp16"), 1)] == ["precision"]
 
 
 @pytest.mark.slow

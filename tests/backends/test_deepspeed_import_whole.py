@@ -12,8 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from backends.deepspeed.known_keys import KNOWN
-from backends.deepspeed.support import REFUSED
-from tests.backends.test_deepspeed_import import CONFIGS, FOLDER, import_of, imported, spec_of, translation
+from tests.backends.test_deepspeed_import import CONFIGS, FOLDER, import_of, spec_of, translation
 from xtrain import imports
 from xtrain.cli import main
 from xtrain.errors import RequestError
@@ -147,12 +146,6 @@ def test_what_has_no_effect_at_the_imported_stage_is_listed_with_the_reason(tmp_
         "zero_optimization.sub_group_size: 5: expected only at ZeRO stage 3: it has no effect here",
         "aio.queue_depth: 3: expected only with something on a drive: it has no effect here",
     ]
-
-
-@pytest.mark.skipif("memory.offload.activations" not in REFUSED, reason="this backend offloads activations")
-def test_checkpoints_on_the_cpu_are_listed_while_the_backend_has_none() -> None:
-    found = imported(FOLDER / "activation-checkpointing.json")
-    assert any("cpu_checkpointing: true" in line for line in found.left_out)
 
 
 def some_keys_changed(random: Random) -> dict[str, Any]:

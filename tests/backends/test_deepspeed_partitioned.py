@@ -39,6 +39,12 @@ def test_without_the_bound_everything_is_gathered_and_the_count_sees_it(report: 
     assert max(report["unbounded"]["gathered"][1:]) == report["unbounded"]["parameters"]
 
 
+def test_weights_do_not_stay_for_the_backward_pass(report: dict[str, Any]) -> None:
+    """Autograd saves views of them; a view would hold the memory that DeepSpeed gave up."""
+    trained = report["trained"]
+    assert trained["held_bytes"] <= trained["allowed"] * FP32_BYTES
+
+
 def test_while_it_is_built_a_rank_holds_its_pieces_and_one_parameter(report: dict[str, Any]) -> None:
     built, whole = report["constructed"], report["trained"]["parameters"] * FP32_BYTES
     assert built["kept"] == pytest.approx(whole / 2, rel=1e-3)
