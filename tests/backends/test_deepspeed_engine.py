@@ -25,6 +25,9 @@ pytestmark = [
 
 TOLERANCE = 1e-5
 """Relative, fp32; measured: 1.4e-7."""
+FP32_BYTES = 4
+PADDING = 2
+"""DeepSpeed pads a flat group to this many elements for each process (stages 1 and 2)."""
 WORLDS = (1, 2)
 EVERYWHERE = [
     pytest.param(world, sharding, id=f"zero{stage}-x{world}")
@@ -181,6 +184,38 @@ def test_ranks_know_their_place_and_gather_in_order(
     assert run["place"] == [0, world]
     assert run["gathered"] == [{"rank": rank} for rank in range(world)]
     assert run["parameter_count"] == sum(p.numel() for p in worker.Source().build().parameters())
+
+
+def held_bytes(world: int, stage: int) -> dict[str, int]:
+    """By formula, of each rank between two updates: SGD with momentum, two parameter groups."""
+    sizes = [(p.numel(), p.ndim >= 2) for p in worker.Source().build().parameters()]
+    whole = sum(size for size, _ in sizes)
+    padded = sum(
+        round_up(sum(size for size, matrix in sizes if matrix is decayed), PADDING * world)
+        for decayed in (True, False)
+    )
+    pieces = sum(-(-size // world) for size, _ in sizes)
+    weights, own = [(whole, whole), (padded, padded // world), (padded, padded // world), (pieces, pieces)][
+        stage
+    ]
+    copies = {"master": own} if stage else {}
+    gathered = whole if stage == 3 and world > 1 else 0  # so small a model stays gathered
+    elements = {"parameters": weights + gathered, "optimizer": own, **copies}
+    return {category: FP32_BYTES * count for category, count in elements.items()}
+
+
+def round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", range(4))
+def test_memory_by_category_is_each_ranks_share_to_the_byte(
+    stage: int, world: int, reports: dict[int, dict[str, Any]]
+) -> None:
+    for found in reports[world]["runs"][worker.SHARDING[stage]]["sgd"]["held_bytes"]:
+        steady = {key: size for key, size in found.items() if size and key not in ("gradients", "other")}
+        assert steady == held_bytes(world, stage)
 
 
 @pytest.mark.parametrize("world", WORLDS)

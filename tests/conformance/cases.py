@@ -33,6 +33,8 @@ class Case:
     wrong_rank: int | None = None
     """Of which rank; None for all."""
     keep_weights: bool = False
+    audited: bool = True
+    """Whether two steps are taken under the ledger, as in every run; they cost as much as ten others."""
 
     def described(self) -> dict[str, Any]:
         return {
@@ -43,6 +45,7 @@ class Case:
             "loss_factors": {str(step): factor for step, factor in self.loss_factors.items()},
             "wrong_rank": self.wrong_rank,
             "keep_weights": self.keep_weights,
+            "audited": self.audited,
         }
 
 
@@ -83,6 +86,7 @@ class Training:
     loss_factors: Mapping[int, float] = field(default_factory=dict)
     wrong_rank: int | None = None
     keep_weights: bool = False
+    audited: bool = True
     loss_chunk: int | str = "auto"
 
     def on(self, lane: Lane) -> Case:
@@ -112,6 +116,7 @@ class Training:
             self.loss_factors,
             wrong_rank,
             self.keep_weights,
+            self.audited,
         )
 
 
@@ -131,9 +136,11 @@ CONTROLS = [
 ]
 FP16 = {"dtype": "fp16", "initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 2}
 """A scale that overflows at once, comes down, and grows into overflow again."""
-MIXED = [
+BF16 = [
     Training("bf16", precision="bf16"),
     Training("bf16-weights", precision={"dtype": "bf16", "weights": "bf16"}),
+]
+MOVING_SCALES = [
     Training("fp16", precision=FP16),
     Training("fp16-sgd", SGD_UNCLIPPED, clip=None, precision=FP16),
 ]
@@ -164,4 +171,3 @@ PLANTED_LOSS = Training(
 """On one rank of two the mean is 5 times what it was."""
 CHUNKED = Training("chunked", SGD_UNCLIPPED, clip=None, loss_chunk=8)
 EVALUATED = Training("evaluated", eval_every=5)
-BF16_UNCLIPPED = Training("bf16-unclipped", SGD_UNCLIPPED, clip=None, precision="bf16")

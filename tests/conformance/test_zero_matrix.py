@@ -1,7 +1,9 @@
 """ZeRO 0-3 x offload x processes x precision: every cell is the plain training, or refused by name.
 
-What is not offloaded is in test_parity.py; here are the cells that offload to the CPU, and the table in
-docs/conformance.md, which is made from `matrix()` below.
+fp32 is held against a loop in bare torch, 16 bits against the manual engine in the same precision: losses
+and gradient norms, under three optimizers. AdamW hides a wrong factor on the gradients, and so does SGD
+under a clip that bites at every step; SGD without clipping does not. The table in docs/conformance.md
+is made from `matrix()` below.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,11 +24,11 @@ from tests.conformance.cases import (
     SGD_CLIPPED,
     SGD_UNCLIPPED,
     SHARDING,
+    Case,
     Lane,
     Training,
 )
 from tests.conformance.plain import Curve, train
-from tests.conformance.test_parity import FP32_TOLERANCE, MIXED_TOLERANCE
 from tests.jobs import ROOT
 from xtrain import registry
 from xtrain.spec.check import check_spec
@@ -51,20 +53,45 @@ PRECISIONS: dict[str, Any] = {
     "bf16 weights": {"dtype": "bf16", "weights": "bf16"},
     "fp16": STEADY,
 }
-STEPS = 10
-FP32 = [
-    Training("adamw", ADAMW, steps=STEPS),
-    Training("sgd", SGD_UNCLIPPED, clip=None, steps=STEPS),
-    Training("sgd-clipped", SGD_CLIPPED, clip=BITING_CLIP, steps=STEPS),
-]
-LOWER = [
-    Training(f"adamw-{name}", ADAMW, precision=value, steps=STEPS)
-    for name, value in PRECISIONS.items()
-    if name != "fp32"
-]
-SPIKED = replace(PLANTED_LOSS, steps=STEPS, loss_factors={6: 9.0})
-HELD_OUT = replace(EVALUATED, steps=STEPS)
+STEPS = 8
+PASSES = 4
+"""In all, over the processes: a pass then has two sequences on one process and on two, the same products."""
+SHORT: dict[str, Any] = {"steps": STEPS, "accumulation": PASSES, "audited": False}
+TRAININGS = {
+    "adamw": Training("adamw", ADAMW, **SHORT),
+    "sgd": Training("sgd", SGD_UNCLIPPED, clip=None, **SHORT),
+    "sgd-clipped": Training("sgd-clipped", SGD_CLIPPED, clip=BITING_CLIP, **SHORT),
+}
+SPIKED = replace(PLANTED_LOSS, **SHORT, loss_factors={5: 9.0})
+HELD_OUT = replace(EVALUATED, **SHORT, eval_every=4)
+DOUBLED = replace(TRAININGS["sgd"], name="sgd-doubled", gradient_factors={-1: 2.0})
 REFERENCE = Lane("cpu")
+
+
+class Band(NamedTuple):
+    """Relative differences from the reference."""
+
+    losses: float
+    norms: float
+
+
+FP32 = Band(1e-5, 1e-5)
+"""Measured: 1.9e-7 and 4.4e-7 at most."""
+SAME_ARITHMETIC = Band(1e-6, 1e-5)
+"""16 bits on one process, without clipping. Measured: losses 0, norms 1.0e-6."""
+LAST_BIT = Band(2e-4, 1e-3)
+"""16 bits on one process, clipped: the factor differs in its last bit. Measured: 3.9e-5 and 2.4e-4."""
+OTHER_ORDER = Band(1e-3, 5e-3)
+"""16 bits on two processes: each adds up its own half first. Measured: 1.9e-4 and 1.7e-3, both with bf16
+weights under SGD, whose gradients are rounded at every addition; without those 4.3e-5 and 8.4e-4."""
+
+
+class Cell(NamedTuple):
+    precision: str
+    lane: Lane
+
+    def __str__(self) -> str:
+        return f"{self.precision.replace(' ', '-')}-{self.lane}"
 
 
 def spec_of(precision: Any, sharding: str, offload: tuple[str, ...], world: int) -> Spec:
@@ -72,14 +99,15 @@ def spec_of(precision: Any, sharding: str, offload: tuple[str, ...], world: int)
     return Spec.model_validate(Training("any", precision=precision).on(lane).spec)
 
 
-def cell(precision: Any, sharding: str, offload: tuple[str, ...]) -> str:
-    """What the backend says of it, for any number of processes."""
-    backend = registry.load("deepspeed")
-    specs = [(spec_of(precision, sharding, offload, world), world) for world in WORLDS]
+@cache
+def verdict(precision: str, sharding: str, offload: tuple[str, ...]) -> str:
+    """What the backend says of it, for any number of processes and on any machine."""
+    backend: Any = registry.load("deepspeed")
+    specs = [(spec_of(PRECISIONS[precision], sharding, offload, world), world) for world in WORLDS]
     problems = [
         problem
         for spec, world in specs
-        for problem in (*check_spec(spec, world), *backend.problems(spec, world))
+        for problem in (*check_spec(spec, world), *backend.translation_problems(spec, world))
     ]
     if problems:
         return f"refused: {problems[0].nearest}"
@@ -92,22 +120,30 @@ def matrix() -> str:
     lines = [f"| ZeRO | | {' | '.join(PRECISIONS)} |", f"|---|---|{'---|' * len(PRECISIONS)}"]
     for stage, sharding in enumerate(SHARDING):
         for place, offload in PLACES.items():
-            cells = [cell(precision, sharding, offload) for precision in PRECISIONS.values()]
+            cells = [verdict(precision, sharding, offload) for precision in PRECISIONS]
             lines.append(f"| {stage} | {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def honoured_lanes(world: int) -> list[Lane]:
-    """Those with offload that are not refused in fp32."""
-    return [
-        Lane("deepspeed", sharding, world, offload)
-        for sharding in SHARDING
-        for offload in PLACES.values()
-        if offload and cell("fp32", sharding, offload) == "proven"
-    ]
+CELLS = [
+    Cell(precision, Lane("deepspeed", sharding, world, offload))
+    for world in WORLDS
+    for precision in PRECISIONS
+    for sharding in SHARDING
+    for offload in PLACES.values()
+    if verdict(precision, sharding, offload).startswith("proven")
+]
+"""Everything that the table calls proven."""
+OFFLOADED = [cell.lane for cell in CELLS if cell.precision == "fp32" and cell.lane.offload]
 
 
-LANES = [lane for world in WORLDS for lane in honoured_lanes(world)]
+def case_of(training: Training, precision: str, lane: Lane) -> Case:
+    return replace(
+        training,
+        name=f"{training.name}-{precision}",
+        precision=PRECISIONS[precision],
+        accumulation=training.accumulation // lane.world,
+    ).on(lane)
 
 
 def test_the_table_in_the_documentation_is_what_the_backend_says() -> None:
@@ -116,7 +152,7 @@ def test_the_table_in_the_documentation_is_what_the_backend_says() -> None:
 
 
 def test_stages_1_to_3_offload_the_optimizer_and_only_stage_3_parameters() -> None:
-    assert sorted({(lane.sharding, lane.offload) for lane in LANES}) == sorted(
+    assert sorted({(lane.sharding, lane.offload) for lane in OFFLOADED}) == sorted(
         [
             *((sharding, HOST) for sharding in SHARDING[1:]),
             ("parameters", ("parameters",)),
@@ -126,16 +162,20 @@ def test_stages_1_to_3_offload_the_optimizer_and_only_stage_3_parameters() -> No
 
 
 class Lanes:
-    """Every lane's results: one job of one process, one of two."""
+    """Every cell's results: one job of one process, one of two."""
 
     def __init__(self, run: Callable[..., tuple[dict[str, Any], Path]]) -> None:
-        wanted = [*FP32, *LOWER, SPIKED, HELD_OUT]
-        alone = [training.on(lane) for lane in (REFERENCE, *honoured_lanes(1)) for training in wanted]
-        together = [training.on(lane) for lane in honoured_lanes(2) for training in wanted]
-        self.results = run(alone, 1)[0] | run(together, 2)[0]
+        by_hand = [Cell(precision, REFERENCE) for precision in PRECISIONS]
+        wanted = [(t, cell) for cell in (*by_hand, *CELLS) for t in TRAININGS.values()]
+        wanted += [(DOUBLED, cell) for cell in by_hand]
+        wanted += [(t, Cell("fp32", lane)) for lane in (REFERENCE, *OFFLOADED) for t in (SPIKED, HELD_OUT)]
+        self.results: dict[str, Any] = {}
+        for world in WORLDS:
+            cases = [case_of(t, *cell) for t, cell in wanted if cell.lane.world == world]
+            self.results |= run(cases, world)[0]
 
-    def of(self, training: Training, lane: Lane) -> dict[str, Any]:
-        found: dict[str, Any] = self.results[f"{training.name}@{lane}"]
+    def of(self, training: Training, precision: str, lane: Lane) -> dict[str, Any]:
+        found: dict[str, Any] = self.results[case_of(training, precision, lane).name]
         return found
 
 
@@ -146,8 +186,7 @@ def lanes(run_cases: Callable[..., tuple[dict[str, Any], Path]]) -> Lanes:
 
 @cache
 def anchor(name: str) -> Curve:
-    training = next(t for t in FP32 if t.name == name)
-    return train(Spec.model_validate(training.on(REFERENCE).spec))
+    return train(Spec.model_validate(case_of(TRAININGS[name], "fp32", REFERENCE).spec))
 
 
 def difference(found: list[float], expected: list[float]) -> float:
@@ -157,34 +196,55 @@ def difference(found: list[float], expected: list[float]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lane", LANES, ids=str)
-@pytest.mark.parametrize("training", FP32, ids=lambda t: t.name)
-def test_offloaded_fp32_equals_a_plain_loop(training: Training, lane: Lane, lanes: Lanes) -> None:
-    found, expected = lanes.of(training, lane), anchor(training.name)
-    assert difference(found["losses"], expected.losses) <= FP32_TOLERANCE
-    assert difference(found["norms"], expected.norms) <= FP32_TOLERANCE
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.precision == "fp32"], ids=str)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_fp32_equals_a_plain_loop(name: str, cell: Cell, lanes: Lanes) -> None:
+    found, expected = lanes.of(TRAININGS[name], *cell), anchor(name)
+    assert difference(found["losses"], expected.losses) <= FP32.losses
+    assert difference(found["norms"], expected.norms) <= FP32.norms
+
+
+def band_of(name: str, cell: Cell) -> Band:
+    if cell.lane.world > 1:
+        return OTHER_ORDER
+    return SAME_ARITHMETIC if TRAININGS[name].clip is None else LAST_BIT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lane", LANES, ids=str)
-@pytest.mark.parametrize("training", LOWER, ids=lambda t: t.name)
-def test_offloaded_mixed_precision_stays_in_its_band(training: Training, lane: Lane, lanes: Lanes) -> None:
-    """bf16 weights are held against the manual engine's `weights: bf16`, fp16 against its fp16."""
-    found, expected = lanes.of(training, lane), lanes.of(training, REFERENCE)
-    assert difference(found["losses"], expected["losses"]) <= MIXED_TOLERANCE
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.precision != "fp32"], ids=str)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_16_bits_equal_the_manual_engine_in_the_same_precision(name: str, cell: Cell, lanes: Lanes) -> None:
+    found, expected = (lanes.of(TRAININGS[name], cell.precision, lane) for lane in (cell.lane, REFERENCE))
+    band = band_of(name, cell)
+    assert difference(found["losses"], expected["losses"]) <= band.losses
+    assert difference(found["norms"], expected["norms"]) <= band.norms
     assert found["skipped"] == expected["skipped"] == [False] * STEPS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lane", LANES, ids=str)
-def test_a_loss_spike_is_skipped_at_the_same_steps_with_offload(lane: Lane, lanes: Lanes) -> None:
-    found, expected = lanes.of(SPIKED, lane), lanes.of(SPIKED, REFERENCE)
-    assert found["skipped"] == expected["skipped"] == [step == 6 for step in range(STEPS)]
-    assert found["losses"][-1] == pytest.approx(expected["losses"][-1], rel=FP32_TOLERANCE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_doubled_gradients_would_be_seen_in_every_precision(precision: str, lanes: Lanes) -> None:
+    found, expected = (lanes.of(t, precision, REFERENCE) for t in (DOUBLED, TRAININGS["sgd"]))
+    assert difference(found["losses"], expected["losses"]) > 10 * OTHER_ORDER.losses
+    assert difference(found["norms"], expected["norms"]) > 10 * OTHER_ORDER.norms
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lane", LANES, ids=str)
+def test_the_clip_bites_at_every_step_in_every_precision(lanes: Lanes) -> None:
+    norms = [lanes.of(TRAININGS["sgd-clipped"], p, REFERENCE)["norms"] for p in PRECISIONS]
+    assert min(map(min, norms)) > BITING_CLIP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", OFFLOADED, ids=str)
+def test_a_loss_spike_is_skipped_at_the_same_steps_with_offload(lane: Lane, lanes: Lanes) -> None:
+    found, expected = (lanes.of(SPIKED, "fp32", one) for one in (lane, REFERENCE))
+    assert found["skipped"] == expected["skipped"] == [step == 5 for step in range(STEPS)]
+    assert found["losses"][-1] == pytest.approx(expected["losses"][-1], rel=FP32.losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", OFFLOADED, ids=str)
 def test_the_held_out_loss_is_the_same_with_offload(lane: Lane, lanes: Lanes) -> None:
-    found, expected = (lanes.of(HELD_OUT, one)["eval_losses"][-1] for one in (lane, REFERENCE))
-    assert found == pytest.approx(expected, rel=FP32_TOLERANCE)
+    found, expected = (lanes.of(HELD_OUT, "fp32", one)["eval_losses"][-1] for one in (lane, REFERENCE))
+    assert found == pytest.approx(expected, rel=FP32.losses)

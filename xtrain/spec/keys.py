@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel
 
-from xtrain.contract import Problem
 from xtrain.spec.tree import Spec
-
-NOT_BUILT = "not built on this backend yet"
 
 
 def changed_keys(spec: Spec) -> dict[str, object]:
@@ -20,19 +17,6 @@ def changed_keys(spec: Spec) -> dict[str, object]:
 def all_keys() -> list[str]:
     """Every dotted key that a spec may have, those of all optimizers and schedules together."""
     return sorted(set(_all(Spec, "")))
-
-
-def refusals(spec: Spec, refused: Mapping[str, str]) -> list[Problem]:
-    """A problem for each changed key in `refused`: a table of dotted keys, each with what to do instead.
-
-    A key of the table stands for everything below it too.
-    """
-    return [
-        Problem(key, printed(value), NOT_BUILT, refused[entry])
-        for key, value in changed_keys(spec).items()
-        for entry in [covering(key, list(refused))]
-        if entry is not None
-    ]
 
 
 def covering(key: str, table: Iterable[str]) -> str | None:
