@@ -27,18 +27,22 @@ def keeping(stage: int, on_host: bool) -> AbstractContextManager[object]:
 
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor | Weight:
-    weight = tensor._base if tensor._is_view() else tensor
-    if not hasattr(weight, "ds_id"):
+    whole = _whole(tensor)
+    if not hasattr(whole, "ds_id"):
         return tensor.detach()  # an operation's own result, kept itself, would keep its node alive for ever
-    offset = tensor.storage_offset() - weight.storage_offset()
-    return Weight(weight, tensor.shape, tensor.stride(), offset)
+    offset = int(tensor.storage_offset() - whole.storage_offset())
+    return Weight(whole, tensor.shape, tensor.stride(), offset)
 
 
 def _send(tensor: torch.Tensor) -> torch.Tensor | Weight | OnHost:
-    weight = tensor._base if tensor._is_view() else tensor
-    if isinstance(weight, nn.Parameter) or tensor.device == HOST:
+    if isinstance(_whole(tensor), nn.Parameter) or tensor.device == HOST:
         return _keep(tensor)
     return OnHost(_copied(tensor.detach(), HOST), tensor.device)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What this is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _again(kept: torch.Tensor | Weight | OnHost) -> torch.Tensor:
