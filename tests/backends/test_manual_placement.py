@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from backends.manual.chain import check_chain
 from backends.manual.devices import Cpu
 from backends.manual.estimate import estimate_bytes
 from backends.manual.placement import Placement, place, plan_placement
+from tests.small_runs import run
 from xtrain import registry
 from xtrain.errors import RequestError
 from xtrain.models.source import model_source
+from xtrain.record import load_record
 from xtrain.spec.tree import Spec
 
 HOME, AWAY = torch.device("cpu"), torch.device("meta")
@@ -113,6 +116,59 @@ def test_each_block_goes_to_its_place_and_the_rest_stays_home() -> None:
     found = [next(block.parameters()).device for block in model.blocks]
     assert found == places
     assert model.stem.weight.device == model.head.weight.device == HOME
+
+
+def test_a_placement_says_how_many_blocks_are_where() -> None:
+    placement = Placement(HOME, list(Layers().blocks), [HOME, AWAY, AWAY, HOME])
+    assert placement.notes() == [
+        "layers over devices: stem and head on cpu; of 4 blocks 1 on cpu, 2 on meta, 1 on cpu"
+    ]
+    assert Placement(HOME).notes() == []
+
+
+def test_a_run_s_record_has_that_note(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    split = {"manual": "{devices: [main, cpu]}", "model__layers": 2, "train__steps": 1}
+    result = run(tmp_path, "--out", out, backend="cpu", **split)
+    note = "layers over devices: stem and head on cpu; of 2 blocks 2 on cpu"
+    assert f"note: {note}\n" in result.stderr
+    assert note in load_record(out).notes
+
+
+ONE_DEVICE: list[tuple[str, dict[str, Any], str, str]] = [
+    (
+        "cuda",
+        {"memory": {"sharding": "parameters"}, "manual": {"devices": ["main"]}},
+        "memory.sharding",
+        "memory.sharding: parameters does nothing here: manual.devices names one device, cuda",
+    ),
+    (
+        "cpu",
+        {"memory": {"sharding": "parameters"}},
+        "memory.sharding",
+        "memory.sharding: layers over devices, but all of them are cpu, so no memory is saved",
+    ),
+    (
+        "cpu",
+        {"manual": {"devices": ["main", "cpu"]}},
+        "manual.devices",
+        "manual.devices: layers over devices, but all of them are cpu, so no memory is saved",
+    ),
+]
+
+
+@pytest.mark.parametrize(("backend", "changes", "key", "note"), ONE_DEVICE)
+def test_layers_over_one_device_are_said_to_save_nothing(
+    backend: str, changes: dict[str, Any], key: str, note: str
+) -> None:
+    resolved = registry.load(backend).resolve(spec(**changes), 1)
+    assert list(resolved.notes) == [note]
+    assert list(resolved.idle) == [key]
+
+
+def test_layers_over_two_devices_have_something_to_do() -> None:
+    resolved = registry.load("cuda").resolve(spec(memory={"sharding": "parameters"}), 1)
+    assert (list(resolved.notes), list(resolved.idle)) == ([], [])
 
 
 def test_a_weight_of_two_blocks_that_are_apart_is_refused() -> None:
