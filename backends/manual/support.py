@@ -108,5 +108,5 @@ def _devices(spec: Spec) -> Iterator[Problem]:
     for name in (spec.manual.devices if spec.manual else None) or []:
         if not DEVICE_NAME.fullmatch(name):
             expected = "expected main (the backend's own device), cpu, mps, cuda, or one of several: cuda:1"
-            close = get_close_matches(name, (MAIN, "cpu", "mps", "cuda"), n=1)
+            close = get_close_matches(name, (MAIN, "cpu", "mps", "cuda"), n=1, cutoff=0.7)  # gpu is not cpu
             yield Problem("manual.devices", name, expected, f"use {close[0] if close else MAIN}")
