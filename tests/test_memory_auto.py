@@ -54,7 +54,7 @@ def names(spec: Spec, backend: str, world: int = 1) -> list[str]:
 
 def test_the_ladder_halves_the_micro_batch_then_recomputes_then_offloads(tmp_path: Path) -> None:
     assert names(spec_of(tmp_path), "cuda") == [
-        "as it is",
+        "the spec as it is",
         "batch.micro 4",
         "batch.micro 2",
         "batch.micro 1",
@@ -110,18 +110,20 @@ def test_the_launcher_begins_again_after_a_kill_with_something_less_to_try(
     tmp_path: Path, killed: bool, code: int, lower: list[str], again: bool
 ) -> None:
     write_json(
-        tmp_path / "resolved.json", {"settings": {"memory_auto": {"rung": "as it is", "lower": lower}}}
+        tmp_path / "resolved.json",
+        {"settings": {"memory_auto": {"rung": "the spec as it is", "lower": lower}}},
     )
     assert lower_after(Ended(code, "rank 0 was killed by SIGKILL", killed), tmp_path) is again
     told = [one.rung for one in read_history(tmp_path)]
-    assert told == (["as it is"] if again else [])
+    assert told == (["the spec as it is"] if again else [])
 
 
 def test_the_launcher_begins_again_where_a_worker_left_word(tmp_path: Path) -> None:
     write_json(
-        tmp_path / "resolved.json", {"settings": {"memory_auto": {"rung": "as it is", "lower": ["x"]}}}
+        tmp_path / "resolved.json",
+        {"settings": {"memory_auto": {"rung": "the spec as it is", "lower": ["x"]}}},
     )
-    add_failure(tmp_path, Failure("as it is", "full", None))
+    add_failure(tmp_path, Failure("the spec as it is", "full", None))
     assert lower_after(Ended(EXIT_FAILED, "full"), tmp_path)
 
 
@@ -168,7 +170,7 @@ def test_it_fits_where_the_plain_run_dies_with_the_same_losses(tmp_path: Path) -
     assert steps(tmp_path / "auto") == list(range(1, 9))
     assert record.status == "done"
     settings: Any = record.settings["memory_auto"]
-    assert settings["rung"] != "as it is"
+    assert settings["rung"] != "the spec as it is"
     assert any("memory: auto: trains with" in note for note in record.notes)
 
 
@@ -194,13 +196,13 @@ def test_a_device_that_gets_full_in_the_middle_is_left_from_the_same_step(
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "roomy"), rel=TOLERANCE)
     assert steps(tmp_path / "auto") == list(range(1, 9))
     (failure,) = read_history(tmp_path / "auto")
-    assert failure.rung == "as it is"
+    assert failure.rung == "the spec as it is"
     assert failure.saved_step == 5
     assert "sim:0 is out of memory" in failure.why
     settings: Any = record.settings["memory_auto"]
     assert settings["rung"] == "batch.micro 4"
     assert settings["failures"] == [vars(failure)]
-    assert any("as it is was too much: sim:0 is out of memory" in note for note in record.notes)
+    assert any("the spec as it is was too much: sim:0 is out of memory" in note for note in record.notes)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -254,7 +256,7 @@ def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (failure,) = read_history(out)
-    assert failure.rung == "as it is"
+    assert failure.rung == "the spec as it is"
     assert "SIGKILL" in failure.why
     record = load_record(out)
     assert record.status == "done"

@@ -378,7 +378,7 @@ def doctor(
 @click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
 @click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
 @click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Per node.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Per node.  [default: 1, or launch.processes]")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--device-memory", help="Of one device, such as 24GiB; 80GB with --advise.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
@@ -395,6 +395,8 @@ def plan(
     formula: str | None,
     advise: bool,
     device_memory: str | None,
+    gpus: int | None,
+    nodes: int,
     as_json: bool,
     **question: Any,
 ) -> None:
@@ -408,7 +410,7 @@ def plan(
     if spec is not None:
         if formula is not None or advise:
             raise RequestError("xtrain plan: expected one of SPEC, --formula and --advise")
-        world = question["gpus"] * question["nodes"]
+        world = None if gpus is None and nodes == 1 else (gpus or 1) * nodes
         click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
         return
     click.echo(
@@ -417,6 +419,8 @@ def plan(
             advise,
             as_json,
             device_memory="80GB" if device_memory is None else device_memory,
+            gpus=gpus or 1,
+            nodes=nodes,
             **question,
         )
     )

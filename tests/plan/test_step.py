@@ -142,6 +142,12 @@ def test_hosts_and_gpus_make_the_world(spec: Path) -> None:
     assert one["accumulation"] == 1
 
 
+def test_without_gpus_the_spec_says_how_many_processes_there_are(spec: Path) -> None:
+    words = ("--set=batch.micro=1", "--json")
+    said = json.loads(plan(spec, *words, "--set=launch.processes=2").stdout)
+    assert said == json.loads(plan(spec, *words, "--gpus", "2").stdout)
+
+
 def test_offload_is_planned_by_place(spec: Path) -> None:
     offloaded = "--set=memory.offload={optimizer: cpu, gradients: cpu}"
     plain, moved = (json.loads(plan(spec, "--json", *words).stdout) for words in ((), (offloaded,)))
@@ -185,7 +191,8 @@ def test_planning_a_preset_imports_no_torch(spec: Path) -> None:
 
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom xtrain.cli import main\n"
-        f"assert CliRunner().invoke(main, ['plan', {str(spec)!r}]).exit_code == 0\n"
+        f"for more in ([], ['--gpus', '2'], ['--backend', 'cpu'], ['--set', 'memory=auto']):\n"
+        f"    assert CliRunner().invoke(main, ['plan', {str(spec)!r}, *more]).exit_code == 0\n"
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -28,7 +28,7 @@ class Rung:
 def rungs(spec: Spec, world: int, backend: Backend) -> list[Rung]:
     """Of a spec with `memory: auto`: each with what those before it have, as far as `backend` does it."""
     own = spec.model_copy(update={"memory": MemorySection()})
-    found = [Rung("as it is", own)]
+    found = [Rung("the spec as it is", own)]
     found += [Rung(f"batch.micro {micro}", with_micro(own, micro)) for micro in _parts(own)]
     for name, ways in _techniques(world):
         last = found[-1].spec

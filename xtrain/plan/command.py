@@ -32,16 +32,18 @@ UNITS = {
 def answer_spec(
     path: Path,
     overrides: Sequence[str],
-    world: int,
+    world: int | None,
     backend: str | None,
     device_memory: str | None,
     as_json: bool,
 ) -> str:
-    """The plan of a spec on `world` processes, as text."""
+    """The plan of a spec on `world` processes (default: launch.processes), as text."""
     device_bytes = parse_bytes(device_memory) if device_memory is not None else None
-    named = subject_of(load_spec(path, overrides, world), world, backend, device_bytes)
+    spec = load_spec(path, overrides, world)
+    processes = world or spec.launch.processes
+    named = subject_of(spec, processes, backend, device_bytes)
     plan = make_plan(named.subject, named.model)
-    return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, world, named.backend)
+    return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, processes, named.backend)
 
 
 def answer(
