@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from xtrain.metrics import StepRecord
-from xtrain.speed import TimeSplit, measure_speed, split_time
+from xtrain.speed import TimeSplit, imbalance, measure_speed, split_time
 
 
 def timed(*seconds: float | None, spans: dict[str, float] | None = None) -> list[StepRecord]:
@@ -56,3 +56,11 @@ def test_other_is_never_negative_when_spans_exceed_the_step() -> None:
 
 def test_without_traced_steps_there_is_no_split() -> None:
     assert split_time(timed(1.0, 1.0)) is None
+
+
+def test_the_imbalance_is_how_much_longer_the_slowest_rank_computes_than_the_mean() -> None:
+    ranks = [{"forward": 1.0, "backward": 9.0}, {"forward": 1.5, "backward": 1.0}, {"forward": 0.5}]
+    assert imbalance(ranks) == pytest.approx(0.5)
+    assert imbalance(ranks[:1]) is None
+    assert imbalance([{"forward": 1.0}, {}]) is None
+    assert imbalance([{"forward": 1.0}, {"forward": -1.0}]) is None

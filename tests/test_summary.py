@@ -117,3 +117,9 @@ def test_the_model_s_operations_stand_beside_what_a_matrix_product_reaches() -> 
     assert line.strip() == (
         "16.0 samples/s, 0.0135 TFLOP/s of the model, 14% of the 0.1 that a bf16 matrix product reaches (MFU)"
     )
+
+
+def test_the_slowest_of_several_ranks_is_told() -> None:
+    record = sample_record(world=2, rank_seconds=[{"forward": 1.0}, {"forward": 1.5}])
+    lines = [line.strip() for line in render_summary(record, Path("out")).splitlines()]
+    assert "the slowest of 2 ranks: forward 20.0% longer than the mean" in lines

@@ -70,6 +70,8 @@ class Loop:
     """The most that a traced step sampled; None where the device cannot tell."""
     step_memory: StepMemory | None = None
     """Of the last audited step."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this rank's traced steps together."""
 
     def run(self, start: int, stop: int) -> int:
         """Returns the number of updates done, all saved where there is a checkpointer."""
@@ -182,6 +184,8 @@ class Loop:
             self.observer.saw(record)
         if self.checkpointer:
             self.checkpointer.evaluated(records[-1].step, records[-1].eval_loss)
+        for phase, seconds in (trace.seconds if trace else {}).items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
         if trace and trace.peak_live_bytes is not None:
             self.peak_live_bytes = max(trace.peak_live_bytes, self.peak_live_bytes or 0)
         for watch in self.watches:

@@ -223,6 +223,8 @@ class RunRecord(Part):
     eval: Evaluation | None
     speed: Speed | None
     time_split: TimeSplit | None
+    rank_seconds: list[dict[str, float]] | None = None
+    """By rank: of its traced steps together, by phase."""
     matmul: MatmulFacts | None = None
     """Measured at the end of runs that are long enough for it not to matter."""
     memory: list[RankMemory]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from xtrain.contract import Counter, Engine, Resolved
 from xtrain.data import Dataset
 from xtrain.loop import WARMUP_STEPS, Loop
 from xtrain.machine import environment, resident_bytes
+from xtrain.matmul import gather_matmul
 from xtrain.metrics import MetricsLog, StepRecord, read_metrics
 from xtrain.models.source import NotedSource
 from xtrain.progress import Progress
@@ -89,10 +91,21 @@ def rank_memory(engine: Engine, rank: int, before: Counter, loop: Loop) -> RankM
     return memory.model_copy(update={"rss_before_bytes": before.bytes})
 
 
-def gather_memory(engine: Engine, memory: RankMemory) -> list[RankMemory]:
-    """Every rank's, on every rank. Collective."""
-    gathered = engine.gather(memory.model_dump(mode="json"))
-    return [RankMemory.model_validate(one) for one in gathered]
+@dataclass(frozen=True)
+class Gathered:
+    """What the ranks say at the end of a run, in their order."""
+
+    memory: list[RankMemory]
+    rank_seconds: list[dict[str, float]] | None = None
+    matmul: MatmulFacts | None = None
+
+
+def gather(engine: Engine, memory: RankMemory, loop: Loop, seconds: float) -> Gathered:
+    """Every rank's, on every rank, after a run of `seconds`. Collective."""
+    memories = engine.gather(memory.model_dump(mode="json"))
+    spans: list[Any] = engine.gather(loop.phase_seconds)
+    ranks = [RankMemory.model_validate(one) for one in memories]
+    return Gathered(ranks, [dict(one) for one in spans], gather_matmul(engine, seconds))
 
 
 def make_record(
@@ -101,9 +114,8 @@ def make_record(
     status: Status,
     failure: str | None,
     seconds: float,
-    memory: list[RankMemory],
+    gathered: Gathered,
     start: int,
-    matmul: MatmulFacts | None = None,
 ) -> RunRecord:
     """record.json, from the run directory's own metrics.jsonl and the facts.
 
@@ -135,7 +147,8 @@ def make_record(
         eval=Evaluation.of(steps),
         speed=measure_speed([s for s in steps if s.step > start], WARMUP_STEPS),
         time_split=split_time(steps),
-        matmul=matmul,
-        memory=memory,
+        rank_seconds=gathered.rank_seconds,
+        matmul=gathered.matmul,
+        memory=gathered.memory,
         predicted=facts.predicted.model_dump(mode="json"),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from pydantic import ConfigDict
 
@@ -84,6 +84,17 @@ def split_time(records: Sequence[StepRecord]) -> TimeSplit | None:
         shares={phase: seconds / total for phase, seconds in sums.items()},
         traced_steps=len(traced),
     )
+
+
+def imbalance(rank_seconds: Sequence[Mapping[str, float]]) -> float | None:
+    """How much longer than the mean the slowest rank's own work takes, relative; None with one rank.
+
+    The forward pass alone: in the others a rank may wait for the rest.
+    """
+    own = [seconds["forward"] for seconds in rank_seconds if 0 < seconds.get("forward", 0.0) < 1e12]
+    if len(own) < 2 or len(own) < len(rank_seconds):
+        return None
+    return max(own) / fmean(own) - 1
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:

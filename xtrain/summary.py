@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from xtrain.flops import field_speed
 from xtrain.record import CounterFacts, Predicted, RankMemory, RunRecord, prediction
-from xtrain.speed import PHASES, Speed, TimeSplit
+from xtrain.speed import PHASES, Speed, TimeSplit, imbalance
 
 NOT_MEASURED = "not measured"
 
@@ -33,6 +33,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
         *_step_peaks(record),
         ("time", _time(record.time_split)),
+        *_imbalance(record),
         ("everything in", str(directory)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
@@ -173,6 +174,15 @@ def _step_peaks(record: RunRecord) -> list[tuple[str, str]]:
     if predicted is not None and predicted.peak_bytes is None:
         rows.append(("memory, as predicted", f"not predicted: {clean(predicted.reason or '')}"))
     return rows
+
+
+def _imbalance(record: RunRecord) -> list[tuple[str, str]]:
+    found = imbalance(record.rank_seconds or [])
+    return [] if found is None else [("", f"the slowest of {record.world} ranks: {format_imbalance(found)}")]
+
+
+def format_imbalance(found: float) -> str:
+    return f"forward {found:.1%} longer than the mean"
 
 
 def _time(split: TimeSplit | None) -> str:

@@ -21,7 +21,6 @@ from xtrain.fitting import Fitted, TooMuch, fit
 from xtrain.guards import Guards, watches
 from xtrain.loop import Loop
 from xtrain.machine import resident_bytes
-from xtrain.matmul import gather_matmul
 from xtrain.models.source import NotedSource, model_source
 from xtrain.plan.layout import Planned
 from xtrain.plan.predict import predict
@@ -29,7 +28,7 @@ from xtrain.preflight import everyones, host_name, known, preflight, told_to_oth
 from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory, run_directory
 from xtrain.progress import Progress
 from xtrain.record import Status, write_record
-from xtrain.recorder import Facts, Recorder, Silent, gather_memory, make_record, rank_memory
+from xtrain.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
 from xtrain.relief import about_checkpoint, describe_out_of_memory
 from xtrain.request import Request
 from xtrain.resume import Start, agreed, find_start
@@ -288,12 +287,12 @@ class Run:
     def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
         memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)
         # After an error the other ranks may be gone: then only this one's memory is known.
-        ranks = gather_memory(self.facts.engine, memory) if ended.error is None else [memory]
-        matmul = gather_matmul(self.facts.engine, seconds) if ended.error is None else None
+        alone = ended.error is not None
+        gathered = Gathered([memory]) if alone else gather(self.facts.engine, memory, loop, seconds)
         if self.directory is None:
             return
         record = make_record(
-            self.facts, self.directory, ended.status, ended.failure, seconds, ranks, self.begin.step, matmul
+            self.facts, self.directory, ended.status, ended.failure, seconds, gathered, self.begin.step
         )
         try:
             write_record(self.directory.record, record)

@@ -65,6 +65,7 @@ def full_run() -> Run:
     predicted = {"peak_bytes": {"cpu": {"parameters": 40 << 20}}, "at": {"cpu": "loss"}, "reason": None}
     return run(
         predicted=predicted,
+        rank_seconds=[{"forward": 1.0}, {"forward": 1.5}],
         matmul=MatmulFacts(dtype="fp32", flops_per_second=1e11, datasheet=2e11),
         model=ModelFacts(description="x", parameters=1_000_000, layers=4, hidden=128),
         environment={"cpu": "x", "platform": "y", "memory_bytes": 1 << 30, "packages": {"torch": "2.13.0"}},

@@ -22,6 +22,7 @@ from tests.report.sample_lanes import (
 from tests.sample_runs import MIB, sample_memory
 from xtrain.record import DataFacts, MatmulFacts, ModelFacts
 from xtrain.report.runs import LaneRuns, Run
+from xtrain.report.tables import tables
 
 
 def repeats(factor: float = 1.0, **changes: Any) -> list[Run]:
@@ -172,6 +173,13 @@ def test_a_computing_lane_is_held_against_the_matrix_product() -> None:
     assert found.samples_per_second == pytest.approx(80)
     assert found.utilisation == pytest.approx(10_000 * found.flops_per_token / 2.4e11)
     assert "at 28% of what a matrix product reaches here" in verdict(comparison, "bottleneck").details[0]
+
+
+def test_the_slowest_rank_stands_beside_the_time_of_a_step() -> None:
+    both = compared(lane("a"), lane("b", run(rank_seconds=[{"forward": 1.0}, {"forward": 3.0}])))
+    (table,) = [table for table in tables(both) if table.title == "Time of a traced step"]
+    assert table.headers[-1] == "slowest rank"
+    assert [row[-1] for row in table.rows] == ["one rank", "forward 50.0% longer than the mean"]
 
 
 def test_a_run_without_traced_steps_has_no_bottleneck() -> None:

@@ -57,6 +57,8 @@ class Figures(Part):
     field_speed: FieldSpeed | None
     matmul: MatmulFacts | None
     time_split: TimeSplit | None
+    imbalance: float | None
+    """How much longer than the mean the slowest rank's forward takes; None with one rank."""
     live: CounterFacts | None
     """Memory is that of the rank and repeat that held most."""
     reserved: CounterFacts | None

@@ -15,7 +15,7 @@ from xtrain.report.agreement import Agreement, Difference, agreement, largest_di
 from xtrain.report.comparison import Curve, Figures
 from xtrain.report.runs import Run
 from xtrain.report.unlike import has_dropout
-from xtrain.speed import PHASES, Speed, TimeSplit
+from xtrain.speed import PHASES, Speed, TimeSplit, imbalance
 from xtrain.summary import COUNTERS, fullest_step, largest, predicted_at
 
 CURVE_POINTS = 400
@@ -63,6 +63,7 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         field_speed=field_speed(record, middle[0].tokens_per_second) if middle else None,
         matmul=_matmul(record.matmul),
         time_split=_mean_split([run.record.time_split for run in runs if run.record.time_split]),
+        imbalance=imbalance(record.rank_seconds or []),
         live=largest(memory, "live"),
         reserved=largest(memory, "reserved"),
         rss=largest(memory, "rss"),

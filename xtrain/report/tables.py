@@ -12,7 +12,7 @@ from xtrain.report.comparison import Comparison, Figures
 from xtrain.report.memory import fullest_place
 from xtrain.report.unlike import chosen_differences, shown
 from xtrain.speed import PHASES
-from xtrain.summary import COUNTERS, NOT_MEASURED, format_bytes, format_loss, format_rate
+from xtrain.summary import COUNTERS, NOT_MEASURED, format_bytes, format_imbalance, format_loss, format_rate
 
 Lanes = Sequence[tuple[str, Figures]]
 
@@ -178,13 +178,24 @@ def _field_speed(lanes: Lanes) -> Table:
 
 
 def _time(lanes: Lanes) -> Table:
-    splits = [(name, figures.time_split) for name, figures in lanes if figures.time_split]
-    used = [phase for phase in PHASES if any(phase in split.seconds for _, split in splits)]
+    timed = [(name, figures, figures.time_split) for name, figures in lanes if figures.time_split]
+    used = [phase for phase in PHASES if any(phase in split.seconds for _, _, split in timed)]
+    several = any(figures.imbalance is not None for _, figures, _ in timed)
     rows = [
-        [name, f"{1000 * sum(split.seconds.values()):,.1f} ms", *(_share(split.shares.get(p)) for p in used)]
-        for name, split in splits
+        [
+            name,
+            f"{1000 * sum(split.seconds.values()):,.1f} ms",
+            *(_share(split.shares.get(phase)) for phase in used),
+            *([_slowest(figures)] if several else []),
+        ]
+        for name, figures, split in timed
     ]
-    return Table("Time of a traced step", ["lane", "step", *used], rows)
+    headers = ["lane", "step", *used, *(["slowest rank"] if several else [])]
+    return Table("Time of a traced step", headers, rows)
+
+
+def _slowest(figures: Figures) -> str:
+    return "one rank" if figures.imbalance is None else format_imbalance(figures.imbalance)
 
 
 def _memory(lanes: Lanes) -> Table:
