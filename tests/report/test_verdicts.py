@@ -179,6 +179,9 @@ def test_the_slowest_rank_stands_beside_the_time_of_a_step() -> None:
     both = compared(lane("a"), lane("b", run(rank_seconds=[{"forward": 1.0}, {"forward": 3.0}])))
     (table,) = [table for table in tables(both) if table.title == "Time of a traced step"]
     assert table.headers[-1] == "slowest rank"
+    assert verdict(both, "bottleneck").details[-1] == (
+        "b: its ranks are unequal: the slowest has its forward 50.0% longer than the mean"
+    )
     assert [row[-1] for row in table.rows] == ["one rank", "forward 50.0% longer than the mean"]
 
 

@@ -9,7 +9,7 @@ from xtrain.report.comparison import Figures, LaneReport, Tone, Topic, Verdict
 from xtrain.report.memory import instruments
 from xtrain.report.noise import SINGLE_RUN_NOISE, SpeedDifference, compare_speeds, median_error
 from xtrain.report.unlike import has_dropout
-from xtrain.summary import NOT_MEASURED, format_bytes, plural
+from xtrain.summary import NOT_MEASURED, format_bytes, format_imbalance, plural
 
 Lanes = Sequence[tuple[str, Figures]]
 
@@ -26,6 +26,7 @@ WAITING_SHARES = {
 """By phase: from what share of a step on it is the bottleneck, in words, and what to try."""
 GOOD_UTILISATION = 0.40
 GREAT_NOISE = 0.10
+GREAT_IMBALANCE = 0.15
 LITTLE_MEMORY = 0.02
 """Relative; a smaller difference of two peaks decides nothing."""
 
@@ -192,6 +193,11 @@ def bottleneck_verdict(lanes: Lanes) -> Verdict | None:
         return None
     found = {name: _bottleneck(figures) for name, figures in lanes}
     details = [f"{name} {text}{f': {advice}' if advice else ''}" for name, (text, advice) in found.items()]
+    details += [
+        f"{name}: its ranks are unequal: the slowest has its {format_imbalance(figures.imbalance)}"
+        for name, figures in lanes
+        if figures.imbalance is not None and figures.imbalance >= GREAT_IMBALANCE
+    ]
     return _verdict("bottleneck", "plain", "What holds each lane up", details)
 
 
