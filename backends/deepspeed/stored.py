@@ -31,6 +31,8 @@ LATEST = {"deepspeed": "latest", "ds-universal": "latest_universal"}
 KEYS: dict[StateKind, str] = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
 """Our kinds of moments, and the optimizer's names."""
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+_DIVIDED = re.compile(r"mp_rank_(?!00_)|^layer_")
+"""Files of tensor-parallel ranks but the first, and of pipeline stages."""
 _TAG = re.compile(r"[\w.-]+")
 
 
@@ -39,6 +41,11 @@ def open_state(folder: Path, form: str) -> Stored:
     tag = _tagged(folder, form)
     if form == "ds-universal":
         return Universal(tag)
+    if divided := [file for file in tag.glob("*.pt") if _DIVIDED.search(file.name)]:
+        raise RequestError(
+            f"{divided[0]}: found a model that is divided by tensors or stages, expected data parallelism "
+            "alone; make it universal with deepspeed.checkpoint.ds_to_universal, and import that"
+        )
     optimizer_files = sorted(tag.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
     if not optimizer_files:
         return Replicated(tag)

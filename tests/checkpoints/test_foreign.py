@@ -121,6 +121,18 @@ def test_the_other_form_is_proposed(tmp_path: Path, universal: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "file",
+    ["mp_rank_01_model_states.pt", "zero_pp_rank_0_mp_rank_03_optim_states.pt", "layer_00-model_states.pt"],
+)
+def test_a_model_that_is_divided_otherwise_is_refused_with_a_way(tmp_path: Path, file: str) -> None:
+    (tmp_path / "middle").mkdir()
+    (tmp_path / "middle" / file).touch()
+    result = import_(tmp_path, tmp_path / "middle", "deepspeed")
+    assert result.exit_code == 2
+    assert "expected data parallelism alone; make it universal with " in result.stderr
+
+
+@pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         (["a.b"], ["a.b"]),

@@ -71,6 +71,7 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
         (complete_checkpoints(folder)[-1].path / OPTIMIZER_INDEX).write_text('{"weight_map": {}}')
     return {
         "failure": failure,
+        "copied_bytes": checkpointer.buffers.bytes,
         "losses": [record.loss for record in collector.records],
         "skipped": [record.skipped for record in collector.records],
         "loss_scales": [record.loss_scale for record in collector.records],

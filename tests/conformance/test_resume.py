@@ -15,6 +15,8 @@ import torch
 from tests.conformance.cases import FP16, SGD_UNCLIPPED, SHARDING, STEPS, Lane, Training
 from tests.conformance.plain import train
 from tests.jobs import run_job
+from xtrain.models.source import model_source
+from xtrain.plan.saves import background_copy_bytes
 from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
@@ -111,12 +113,14 @@ class Runs:
     def way(
         self, training: Training, extra: Mapping[str, Any] | None = None, drop_moments: bool = False
     ) -> list[dict[str, Any]]:
-        """One run that moves; its moments may be lost before the first move."""
+        """One run that moves, saving in the background; its moments may be lost before the first move."""
         place = f"{training.name}@way"
         legs = [
             self.leg(training, lane, stop, place, f"{place}-{number}") | dict(extra or {})
             for number, (lane, stop) in enumerate(WAY)
         ]
+        for leg in legs:
+            leg["spec"] = {**leg["spec"], "checkpoint": {"background": True}}
         return [legs[0] | {"drop_moments": drop_moments}, *legs[1:]]
 
     def round(self, sharding: str) -> list[dict[str, Any]]:
@@ -194,6 +198,17 @@ def test_a_run_moves_to_zero_3_on_two_processes_back_and_to_zero_1(
     found = difference(moved(runs, ADAMW), uninterrupted("adamw"))
     record_property("largest relative difference of a loss", found)
     assert found <= TOLERANCE
+
+
+def test_two_processes_keep_half_a_copy_each_for_a_save_in_the_background(runs: Runs) -> None:
+    """As predicted, but for the padding of flat pieces."""
+    (_, _), (lane, _), *_ = WAY
+    section = {"checkpoint": {"background": True}}
+    spec = Spec.model_validate({**ADAMW.on(lane).spec, **section})
+    model = model_source(spec, 257).build()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    predicted = background_copy_bytes(spec, parameters, lane.world)
+    assert runs.results["adamw@way-1"]["copied_bytes"] == pytest.approx(predicted, rel=1e-2)
 
 
 def test_a_run_that_moves_without_its_moments_is_told_apart(

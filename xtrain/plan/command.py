@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from xtrain.plan.advice import Advice, Cluster, Shape, advise
 from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
 from xtrain.plan.ladder import make_plan
 from xtrain.plan.render import render_plan
+from xtrain.plan.saves import save_notes
 from xtrain.plan.subject import subject_of
 from xtrain.spec import load_spec
 
@@ -43,6 +45,7 @@ def answer_spec(
     processes = world or spec.launch.processes
     named = subject_of(spec, processes, backend, device_bytes)
     plan = make_plan(named.subject, named.model)
+    plan = replace(plan, notes=(*plan.notes, *save_notes(spec, plan.parameters, processes)))
     return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, processes, named.backend)
 
 
