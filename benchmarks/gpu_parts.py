@@ -19,7 +19,7 @@ GPT2 = Workload(
     1024,
     global_batch=32,
     micro_batch=32,
-    steps=45,
+    steps=35,
     precision="bf16",
     vocab_size=PADDED_VOCABULARY,
 )
@@ -37,6 +37,7 @@ LARGE = Workload(
 RUNG = replace(LARGE, global_batch=4, micro_batch=4, steps=9, precision="fp32", warmup=2)
 TINY = Workload(2, 64, 2, 64, global_batch=4, micro_batch=4, steps=9, precision="bf16", warmup=2)
 HALF_WEIGHTS = {"dtype": "bf16", "weights": "bf16"}
+CONFORMANCE = "tests/conformance/test_parity.py"
 EVERY_STEPS = 20
 """Between two looks at the losses, where speed is measured: each is a synchronisation."""
 
@@ -80,6 +81,7 @@ def large(bench: Bench) -> Iterator[Row]:
 def ladder(bench: Bench) -> Iterator[Row]:
     """Each rung adds to the one before; the first one is what the others are a share of."""
     part, load = "ladder", replace(_sized(bench, RUNG), precision="fp32")
+    away = max(1, load.layers // 9)
     whole = {"loss_chunk": "none"}
     small = {"global": load.global_batch, "micro": 1}
     recomputed = {**whole, "checkpointing": "auto"}
@@ -98,12 +100,12 @@ def ladder(bench: Bench) -> Iterator[Row]:
             {"memory": lean, "precision": HALF_WEIGHTS, "batch": small},
         ),
         (
-            "+ half of the layers on the CPU",
+            f"+ {away} of {load.layers} layers on the CPU",
             {
                 "memory": lean,
                 "precision": HALF_WEIGHTS,
                 "batch": small,
-                "manual": {"devices": ["main", "cpu"], "split": [0.5, 0.5]},
+                "manual": {"devices": ["main", "cpu"], "split": [load.layers - away, away]},
             },
         ),
     ]
@@ -143,26 +145,26 @@ def pause(bench: Bench) -> Iterator[Row]:
 
 
 def conformance(bench: Bench) -> Iterator[Row]:
-    """Of this device against the plain loop on the CPU; all lanes: `pytest tests/conformance`."""
+    """Of this device, against the plain loop on the CPU; all lanes and more: `pytest tests/conformance`."""
     part = "conformance"
-    name = f"tests/conformance, {bench.device}"
+    name = f"{CONFORMANCE}, {bench.device}"
     if bench.tiny:
         yield Row(part, name, "left out: `make test` has it on the CPU")
         return
-    command = ["-m", "pytest", "-q", "tests/conformance", "-k", bench.device, "-p", "no:cacheprovider"]
-    ended = bench.call(command, 240)
+    command = ["-m", "pytest", "-q", CONFORMANCE, "-k", bench.device, "-p", "no:cacheprovider"]
+    ended = bench.call(command, 120)
     counts = re.findall(r"(\d+) (passed|failed|error|skipped)", ended.output)
     outcome = "done" if not ended.problem else ended.problem
     yield Row(part, name, outcome, {kind: int(count) for count, kind in counts})
 
 
 PARTS = [
+    Part("conformance", "the same training as a plain loop on the CPU", conformance),
     Part("speed", "GPT-2 124M, bf16 over fp32 weights, beside a plain loop", speed),
     Part("large", "GPT-2 Large, bf16 over fp32 weights", large),
     Part("ladder", "GPT-2 Large, 4 sequences of 1024 an update, rung by rung", ladder),
     Part("deepspeed", "GPT-2 124M, bf16, under DeepSpeed on one GPU", deepspeed),
     Part("checkpoint pause", "how long training stands still for a save", pause),
-    Part("conformance", "the same training as a plain loop on the CPU", conformance),
 ]
 
 
