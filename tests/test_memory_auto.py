@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.clean_process import start
 from tests.jobs import ROOT
@@ -33,10 +34,10 @@ from xtrain.spec.tree import MemorySection, Spec
 from xtrain.work import work
 
 SPEC = """\
-model: {preset: gpt2-nano, layers: 4, hidden: 64, heads: 2}
+model: {preset: gpt2-nano, layers: 2, hidden: 64, heads: 2, positions: 64}
 data: {source: synthetic, seq_len: 64, tokens: 40_000}
 batch: {global: 8, micro: 8}
-train: {steps: 8}
+train: {steps: 6}
 optimizer: {name: adamw, lr: 2e-3}
 memory: auto
 """
@@ -102,29 +103,51 @@ def test_a_rung_that_was_too_much_is_not_tried_again_nor_those_above_it(tmp_path
     assert "memory: auto: batch.micro 4 was too much: full" in fitted.notes
 
 
+KILLED = Ended(EXIT_FAILED, "rank 0 was killed by SIGKILL", killed=True)
+
+
+def was_on(folder: Path, rung: str, *lower: str) -> None:
+    """What the last attempt wrote down."""
+    write_json(folder / "resolved.json", {"settings": {"memory_auto": {"rung": rung, "lower": lower}}})
+
+
+def failed(folder: Path) -> list[str]:
+    return [one.rung for one in read_history(folder)]
+
+
 @pytest.mark.parametrize(
-    ("killed", "code", "lower", "again"),
-    [(True, 1, ["x"], True), (False, 1, ["x"], False), (True, 1, [], False), (False, 0, ["x"], False)],
+    ("ended", "lower", "again"),
+    [
+        (KILLED, ["b"], True),
+        (KILLED, [], False),
+        (Ended(EXIT_FAILED, "the loss is no number"), ["b"], False),
+        (Ended(0, ""), ["b"], False),
+    ],
 )
 def test_the_launcher_begins_again_after_a_kill_with_something_less_to_try(
-    tmp_path: Path, killed: bool, code: int, lower: list[str], again: bool
+    tmp_path: Path, ended: Ended, lower: list[str], again: bool
 ) -> None:
-    write_json(
-        tmp_path / "resolved.json",
-        {"settings": {"memory_auto": {"rung": "the spec as it is", "lower": lower}}},
-    )
-    assert lower_after(Ended(code, "rank 0 was killed by SIGKILL", killed), tmp_path) is again
-    told = [one.rung for one in read_history(tmp_path)]
-    assert told == (["the spec as it is"] if again else [])
+    was_on(tmp_path, "a", *lower)
+    assert lower_after(ended, tmp_path, 0) is again
+    assert failed(tmp_path) == (["a"] if ended.killed else [])
 
 
 def test_the_launcher_begins_again_where_a_worker_left_word(tmp_path: Path) -> None:
-    write_json(
-        tmp_path / "resolved.json",
-        {"settings": {"memory_auto": {"rung": "the spec as it is", "lower": ["x"]}}},
-    )
-    add_failure(tmp_path, Failure("the spec as it is", "full", None))
-    assert lower_after(Ended(EXIT_FAILED, "full"), tmp_path)
+    was_on(tmp_path, "a", "b")
+    add_failure(tmp_path, Failure("a", "full", None))
+    assert lower_after(Ended(EXIT_FAILED, "full"), tmp_path, 0)
+
+
+def test_kills_before_a_run_has_begun_lead_to_an_end(tmp_path: Path) -> None:
+    """Each attempt dies before it has written down which rung it is on."""
+    was_on(tmp_path, "a", "b", "c")
+    assert [lower_after(KILLED, tmp_path, before) for before in range(4)] == [True, True, False, False]
+    assert failed(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_run_without_memory_auto_is_not_begun_again(tmp_path: Path) -> None:
+    write_json(tmp_path / "resolved.json", {"settings": {}})
+    assert not lower_after(KILLED, tmp_path, 0)
 
 
 def train(tmp_path: Path, out: Path, *overrides: str) -> None:
@@ -161,13 +184,15 @@ PLAIN = "memory={}"
 def test_it_fits_where_the_plain_run_dies_with_the_same_losses(tmp_path: Path) -> None:
     trained(tmp_path, tmp_path / "roomy", PLAIN)
     gc.collect()
-    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 5 * 2**20
+    needed = predicted_bytes(spec_of(tmp_path, PLAIN), 1, registry.load("cpu"))
+    assert needed is not None
+    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + int(0.8 * needed)
     with pytest.raises(RunFailed, match="out of memory"):
         trained(tmp_path, tmp_path / "plain", PLAIN)
     gc.collect()
     record = trained(tmp_path, tmp_path / "auto")
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "roomy"), rel=TOLERANCE)
-    assert steps(tmp_path / "auto") == list(range(1, 9))
+    assert steps(tmp_path / "auto") == list(range(1, 7))
     assert record.status == "done"
     settings: Any = record.settings["memory_auto"]
     assert settings["rung"] != "the spec as it is"
@@ -184,7 +209,7 @@ def test_a_device_that_gets_full_in_the_middle_is_left_from_the_same_step(
     honest = Loop._step
 
     def step(loop: Loop, number: int, *rest: Any) -> None:
-        if number == 5 and not read_history(tmp_path / "auto"):
+        if number == 4 and not read_history(tmp_path / "auto"):
             MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 2**20
         try:
             honest(loop, number, *rest)
@@ -194,10 +219,10 @@ def test_a_device_that_gets_full_in_the_middle_is_left_from_the_same_step(
     monkeypatch.setattr(Loop, "_step", step)
     record = trained(tmp_path, tmp_path / "auto")
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "roomy"), rel=TOLERANCE)
-    assert steps(tmp_path / "auto") == list(range(1, 9))
+    assert steps(tmp_path / "auto") == list(range(1, 7))
     (failure,) = read_history(tmp_path / "auto")
     assert failure.rung == "the spec as it is"
-    assert failure.saved_step == 5
+    assert failure.saved_step == 4
     assert "sim:0 is out of memory" in failure.why
     settings: Any = record.settings["memory_auto"]
     assert settings["rung"] == "batch.micro 4"
@@ -207,13 +232,14 @@ def test_a_device_that_gets_full_in_the_middle_is_left_from_the_same_step(
 
 @pytest.mark.usefixtures("simulated")
 def test_with_nothing_less_to_try_the_run_fails_and_says_so(tmp_path: Path) -> None:
-    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 2**18
+    MEMORY[0].limit_bytes = MEMORY[0].live_bytes + 2**19
     with pytest.raises(RunFailed, match="out of memory"):
         trained(tmp_path, tmp_path / "auto")
 
 
 def run_limited(folder: str, room_bytes: int, *overrides: str) -> None:
     """In a process of its own: leaves with 0 when it trained, 3 when memory did not suffice."""
+    torch.ones(1, requires_grad=True).sum().backward()  # starts threads, whose stacks are addresses too
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (addresses + room_bytes,) * 2)
     try:
@@ -232,7 +258,14 @@ def limited(folder: Path, room_bytes: int, *overrides: str) -> int | None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
 def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: Path) -> None:
-    wide = ("model.hidden=128", "data.seq_len=256", "batch={global: 32, micro: 32}", "train.steps=2")
+    wide = (
+        "model.hidden=128",
+        "model.layers=4",
+        "model.positions=256",
+        "data.seq_len=256",
+        "batch={global: 32, micro: 32}",
+        "train.steps=2",
+    )
     room = 320 * 2**20
     assert limited(tmp_path / "plain", room, *wide, PLAIN) == 3
     assert limited(tmp_path / "auto", room, *wide) == 0
@@ -246,7 +279,8 @@ def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> N
     """The first two updates are saved; the third is killed with 4 sequences a pass, and not with 2."""
     spec = tmp_path / "spec.yaml"
     text = SPEC.replace(
-        "{preset: gpt2-nano, layers: 4, hidden: 64, heads: 2}", "{factory: tests.workers.hungry:build}"
+        "{preset: gpt2-nano, layers: 2, hidden: 64, heads: 2, positions: 64}",
+        "{factory: tests.workers.hungry:build}",
     )
     spec.write_text(
         text.replace("{global: 8, micro: 8}", "{global: 4, micro: 4}") + "checkpoint: {every_steps: 1}\n"
@@ -260,7 +294,7 @@ def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> N
     assert "SIGKILL" in failure.why
     record = load_record(out)
     assert record.status == "done"
-    assert steps(out) == list(range(1, 9))
+    assert steps(out) == list(range(1, 7))
     settings: Any = record.settings["memory_auto"]
     assert settings["rung"] == "batch.micro 2"
     assert "resumed from" in done.stderr

@@ -119,21 +119,24 @@ def add_failure(directory: Path, failure: Failure) -> None:
     write_json(directory / HISTORY, [vars(one) for one in (*read_history(directory), failure)])
 
 
-def lower_after(ended: Ended, directory: Path) -> bool:
+def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:
     """For the launcher: whether the run in `directory` is to begin again, one rung down.
 
-    A killed process could leave no word: its rung, and what was below it, are in resolved.json.
+    A killed process could leave no word. Its rung, and what was below it, are in resolved.json; where it was
+    killed before it wrote that, it was on the first one that has not failed yet.
     """
     was = _last_settings(directory)
-    lower = was.get("lower")
-    if ended.code != EXIT_FAILED or not lower:
+    ladder = [str(name) for name in (was.get("rung"), *(was.get("lower") or ()))]
+    failed = [one.rung for one in read_history(directory)]
+    if ended.code != EXIT_FAILED or not was:
         return False
-    told = [one.rung for one in read_history(directory)]
-    if was["rung"] in told:
-        return True
-    if ended.killed:
-        add_failure(directory, Failure(str(was["rung"]), ended.message.splitlines()[0], None))
-    return ended.killed
+    if len(failed) > failures_before:
+        return failed[-1] in ladder[:-1]
+    on = next((name for name in ladder if name not in failed), None)
+    if not ended.killed or on is None:
+        return False
+    add_failure(directory, Failure(on, ended.message.splitlines()[0], None))
+    return on != ladder[-1]
 
 
 def _last_settings(directory: Path) -> dict[str, Any]:

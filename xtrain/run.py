@@ -14,7 +14,7 @@ from xtrain.checkpoints.select import select
 from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
-from xtrain.fitting import lower_after
+from xtrain.fitting import lower_after, read_history
 from xtrain.job import join
 from xtrain.launch import start_workers
 from xtrain.preflight import ADDRESS, told_to_others
@@ -95,12 +95,13 @@ def _launch(request: Request, backend: str, world: int) -> int:
     elif request.hosts.address:
         environ[ADDRESS] = request.hosts.address
     while True:
+        failures = len(read_history(directory.path))
         arguments = request.worker_arguments(backend, world)
         ended = start_workers(
             arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
         )
         began = directory.resolved.exists()
-        if not (began and lower_after(ended, directory.path)):
+        if not (began and lower_after(ended, directory.path, failures)):
             break
         print(f"note: {ended.message}\nnote: it begins again with less memory", file=sys.stderr, flush=True)
         request = replace(request, resume=directory.path, out=None)
