@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from functools import cache
 from multiprocessing.connection import wait
@@ -67,8 +68,12 @@ def free_port() -> int:
 
 
 def job_environment(world: int) -> dict[str, str]:
-    """One thread each, so that they do not fight for cores; on the CPU where not each has its own GPU."""
+    """One thread each, so that they do not fight for cores; on the CPU where not each has its own GPU.
+
+    This Python's ninja comes first: another version would compile DeepSpeed's operators anew.
+    """
     own = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(ROOT),
