@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 LEAVE_SECONDS = 5
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""There where a driver of NVIDIA's, AMD's or WSL's is loaded."""
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "mps": "gloo"}
 
 
@@ -75,6 +77,11 @@ def facts() -> dict[str, JSON]:
         "NVMe offload (libaio)": "yes" if find_libaio() else f"no: {INSTALL}",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR"),
     }
+
+
+def sees_gpu() -> bool:
+    """Whether a GPU may be used here, as far as that can be told without torch."""
+    return on_mac() or any(Path(file).exists() for file in GPU_FILES)
 
 
 def prepare() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 from xtrain.errors import RequestError
 from xtrain.machine import cpu_flags
+
+from .environment import sees_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
 EMULATED = "XTRAIN_EMULATED_FP16"
 CPU_FLAGS = {"avx512_fp16", "amx_fp16", "avx_ne_convert"}
 """Any of them, as Linux names them: oneDNN computes fp16 with one of these, and torch asks oneDNN."""
-GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""There where a driver of NVIDIA's, AMD's or WSL's is loaded."""
 LACKS = "this processor has no fp16 arithmetic (on a CPU avx512_fp16 or AMX)"
 INSTEAD = f"use precision: bf16, or set {EMULATED}=1 to have it computed slowly"
 
 
 def fp16_problems(spec: Spec, flags: Collection[str] | None = None) -> Iterator[Problem]:
     """Only what is sure without torch: an x86 CPU that says it has none, and no GPU beside it."""
-    if spec.precision.dtype != "fp16" or is_emulated() or any(Path(one).exists() for one in GPUS):
+    if spec.precision.dtype != "fp16" or is_emulated() or sees_gpu():
         return
     flags = cpu_flags() if flags is None else flags
     if flags and not CPU_FLAGS & set(flags):

@@ -13,6 +13,7 @@ from xtrain.techniques.checkpointing import recomputes
 from xtrain.techniques.compiled import compile_notes, compile_problems
 
 from .apple import mac_notes, mac_problems, macos_version, on_mac
+from .environment import sees_gpu
 from .fp16 import fp16_problems
 from .nvme import nvme_problems
 from .overrides import override_problems
@@ -60,11 +61,6 @@ def find_notes(spec: Spec) -> list[str]:
         notes += mac_notes(spec)
     if offload_of(spec).optimizer.enabled and not offload_of(spec).gradients.enabled:
         notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
-    if offload_of(spec).activations.enabled:
-        notes.append(
-            "memory.offload.activations: xtrain itself sends what autograd keeps to the CPU and back; where "
-            "DeepSpeed computes on the CPU, it is there already"
-        )
     if stage_of(spec) == 3 and spec.model.preset is None:
         notes.append(
             "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
@@ -80,6 +76,10 @@ def find_idle(spec: Spec, world: int) -> dict[str, str]:
     if world == 1 and sharding != "none" and offload_of(spec) == Offload():
         found["memory.sharding"] = (
             "memory.sharding saves nothing here: one process has nothing to shard it over"
+        )
+    if offload_of(spec).activations.enabled and not sees_gpu():
+        found["memory.offload.activations"] = (
+            "memory.offload.activations does nothing here: the device is the CPU"
         )
     if spec.model.blocks is not None and not recomputes(spec) and not spec.train.compile:
         found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from backends.deepspeed import fp16
+from backends.deepspeed import environment, fp16
 from backends.deepspeed.fp16 import fp16_problems
 from backends.deepspeed.nvme import find_libaio, nvme_problems
 from tests.small_specs import make_spec
@@ -20,6 +20,8 @@ from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 
 BACKEND = registry.load("deepspeed")
+INSTALLED = "xtrain.backends.deepspeed"
+"""The package that BACKEND is of; `backends.deepspeed` is another copy of the same code."""
 
 
 def on_drive(path: Path, key: str = "optimizer") -> Spec:
@@ -95,7 +97,7 @@ def test_a_loss_scale_below_one_is_refused_for_deepspeed(monkeypatch: pytest.Mon
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With no GPU beside it, and nobody who asked for slow arithmetic."""
-    monkeypatch.setattr(fp16, "GPUS", ())
+    monkeypatch.setattr(environment, "GPU_FILES", ())
     monkeypatch.delenv(fp16.EMULATED, raising=False)
 
 
@@ -124,14 +126,29 @@ def test_fp16_that_somebody_wants_slowly_is_no_problem(monkeypatch: pytest.Monke
 
 
 def test_fp16_beside_a_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fp16, "GPUS", (str(tmp_path),))
+    monkeypatch.setattr(environment, "GPU_FILES", (str(tmp_path),))
     monkeypatch.delenv(fp16.EMULATED, raising=False)
     assert list(fp16_problems(make_spec(precision="fp16"), {"sse2"})) == []
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_activations_of_a_cpu_are_there_already_and_the_run_says_so(
+    has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{INSTALLED}.environment.GPU_FILES", (str(tmp_path),) if has_gpu else ())
+    resolved = BACKEND.resolve(make_spec(memory={"offload": {"activations": "cpu"}}), 1)
+    assert ("memory.offload.activations" in resolved.idle) is not has_gpu
+
+
+def test_activations_do_not_go_to_a_drive(tmp_path: Path) -> None:
+    target = {"device": "nvme", "path": str(tmp_path)}
+    spec = make_spec(memory={"offload": {"activations": target}})
+    assert "use cpu, or memory.checkpointing" in [problem.nearest for problem in BACKEND.problems(spec, 1)]
+
+
 def test_check_asks_for_fp16_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp16, "GPUS", ())
-    monkeypatch.setattr(fp16, "cpu_flags", lambda: {"sse2"})
+    monkeypatch.setattr(f"{INSTALLED}.environment.GPU_FILES", ())
+    monkeypatch.setattr(f"{INSTALLED}.fp16.cpu_flags", lambda: {"sse2"})
     monkeypatch.delenv(fp16.EMULATED, raising=False)
     assert [problem.path for problem in BACKEND.problems(make_spec(precision="fp16"), 1)] == ["precision"]
 
