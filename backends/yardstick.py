@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from xtrain.matmul import MatmulPeak, matmul_flops
+from xtrain.measure.matmul import MatmulPeak, matmul_flops
 
 from .dtypes import DTYPES
 

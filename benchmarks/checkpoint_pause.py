@@ -27,10 +27,10 @@ from xtrain.checkpoints.manager import Checkpointer
 from xtrain.checkpoints.shares import plan_files
 from xtrain.contract import Engine, Job, StepInput
 from xtrain.data import open_data
-from xtrain.machine import resident_bytes
+from xtrain.measure.machine import resident_bytes
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
 LANES = {"cpu": ("cpu", 0, 1), "cuda": ("cuda", 0, 1)} | {

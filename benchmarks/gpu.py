@@ -23,7 +23,7 @@ from benchmarks.gpu_lanes import Bench, Row
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_report import markdown
 from benchmarks.overhead import ROOT, say
-from xtrain.machine import environment
+from xtrain.measure.machine import environment
 
 NAMES = [part.name for part in PARTS]
 

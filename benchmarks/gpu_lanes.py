@@ -17,9 +17,9 @@ import yaml
 
 from benchmarks.overhead import ROOT
 from benchmarks.workload import Workload
-from xtrain.flops import flops_per_token
+from xtrain.measure.flops import flops_per_token
 from xtrain.models.presets import dimensions
-from xtrain.record import RunRecord, load_record, prediction
+from xtrain.records.record import RunRecord, load_record, prediction
 from xtrain.spec.tree import Spec
 
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}

@@ -37,9 +37,9 @@ from xtrain import registry
 from xtrain.contract import Engine, Job
 from xtrain.data import Dataset, open_data
 from xtrain.loop import Loop
-from xtrain.machine import environment, resident_bytes
-from xtrain.metrics import MetricsLog, StepRecord, read_metrics
+from xtrain.measure.machine import environment, resident_bytes
 from xtrain.models.source import model_source
+from xtrain.records.metrics import MetricsLog, StepRecord, read_metrics
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
 

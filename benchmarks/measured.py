@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time, time
 
-from xtrain.machine import reset_peak_resident, resident_bytes
+from xtrain.measure.machine import reset_peak_resident, resident_bytes
 
 STARTED = "BENCHMARK_STARTED"
 

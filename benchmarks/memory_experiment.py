@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from xtrain.machine import environment
-from xtrain.record import RankMemory, load_record
-from xtrain.summary import format_bytes
+from xtrain.measure.machine import environment
+from xtrain.records.record import RankMemory, load_record
+from xtrain.records.summary import format_bytes
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -64,9 +64,9 @@ METHOD = """\
 Each row is `xtrain run` for 3 updates in a fresh process: GPT-2 of 6 layers x 384, vocabulary 8,192
 (14 million parameters), context 512, AdamW; fp32 and loss_chunk auto where the row says nothing else.
 The categories are counted storage by storage in the second update, at its fullest moment
-(`xtrain/ledger.py`): where activations weigh most that is the end of the forward pass, when no gradient
-exists yet; after the backward pass they are as many bytes as the parameters. *own count* is the growth of
-the largest resident set since the model was built (MALLOC_MMAP_THRESHOLD_=131072), or the device's
+(`xtrain/measure/ledger.py`): where activations weigh most that is the end of the forward pass, when no
+gradient exists yet; after the backward pass they are as many bytes as the parameters. *own count* is the
+growth of the largest resident set since the model was built (MALLOC_MMAP_THRESHOLD_=131072), or the device's
 peak counter where it has one; it includes what kernels use inside and, on the CPU, the data and what
 building the model took.
 """

@@ -26,7 +26,7 @@ from benchmarks import workload
 from benchmarks.measured import STARTED, Measured
 from benchmarks.overhead_report import CaseResult, evaluate, markdown
 from benchmarks.workload import SIZES, Precision, Workload
-from xtrain.machine import environment
+from xtrain.measure.machine import environment
 
 ROOT = Path(__file__).parents[1]
 MEMORY_STEPS = 8

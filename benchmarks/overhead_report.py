@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.measured import Measured
 from benchmarks.workload import Workload
-from xtrain.trace import is_traced
+from xtrain.measure.trace import is_traced
 
 WARMUP_STEPS = 5
 SPEED_BARS = {"micro": 0.95, "small": 0.98}

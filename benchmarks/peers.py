@@ -27,7 +27,7 @@ from benchmarks.measured import Measured
 from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
 from benchmarks.peers_report import Case, LaneRuns, markdown
 from benchmarks.workload import HF_FOLDER, SIZES, Workload
-from xtrain.machine import environment, package_version
+from xtrain.measure.machine import environment, package_version
 
 PACKAGES = ("torch", "transformers", "accelerate", "lightning", "deepspeed", "xtrain")
 STEPS = {"micro": 60, "small": 16}

@@ -1,9 +1,10 @@
 """Does `xtrain plan` predict what a step takes? `python -m benchmarks.plan_accuracy`.
 
 Each case is a model, a shape of batch and a set of techniques, on the CPU. An engine takes two steps; the
-second is taken under the ledger (xtrain/ledger.py), which counts every live tensor by category. Predicted
-and measured are the bytes of one process at the step's peak, each place by itself. Cases with 2 processes
-run DeepSpeed on gloo; "simulated" is an accelerator made for tests, whose tensors cannot be the host's.
+second is taken under the ledger (xtrain/measure/ledger.py), which counts every live tensor by category.
+Predicted and measured are the bytes of one process at the step's peak, each place by itself. Cases with
+2 processes run DeepSpeed on gloo; "simulated" is an accelerator made for tests, whose tensors cannot be the
+host's.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from benchmarks.plan_cases import SIMULATED, Case, cases
 from benchmarks.plan_measure import measure
 from xtrain import registry
 from xtrain.contract import MEMORY_CATEGORIES, ByPlace
-from xtrain.launch import start_workers
-from xtrain.machine import environment
+from xtrain.launching.launch import start_workers
+from xtrain.measure.machine import environment
 from xtrain.plan.layout import HOST, Height, Layout, peaks
 from xtrain.plan.step import Step, preset_step
 from xtrain.spec.tree import Spec

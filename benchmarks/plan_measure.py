@@ -17,10 +17,10 @@ from benchmarks.plan_cases import SIMULATED, Case
 from xtrain import registry
 from xtrain.contract import Backend, ByPlace, Job, StepInput
 from xtrain.data import open_data
-from xtrain.ledger import Ledger
+from xtrain.measure.ledger import Ledger
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 
 def measure(case: Case, job: Job | None = None) -> ByPlace:

@@ -22,7 +22,7 @@ from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
 from benchmarks.techniques_report import MemoryResult, SpeedResult, evaluate_memory, evaluate_speed, markdown
 from benchmarks.workload import Workload
 from xtrain import registry
-from xtrain.machine import environment
+from xtrain.measure.machine import environment
 from xtrain.spec.tree import Spec
 
 Settings = dict[str, Any]

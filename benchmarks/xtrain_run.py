@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import measured
 from xtrain.cli import main
-from xtrain.metrics import StepRecord
-from xtrain.recorder import Recorder
+from xtrain.records.metrics import StepRecord
+from xtrain.records.recorder import Recorder
 
 assert torch  # the command imports it late; here it belongs to the imports
 

@@ -121,9 +121,9 @@ PROOFS = (
         "R9",
         "A rank that hangs, or is killed, is named, ends the others, and costs the steps since the last save",
         [
-            "tests/test_hanging.py::test_one_stopped_rank_ends_the_run_and_every_rank_shows_where_it_stood",
-            "tests/test_launch.py::test_killed_rank_is_named_and_the_ones_that_wait_for_it_end",
-            "tests/test_launch.py::test_a_worker_that_dies_is_started_again_with_all_others",
+            "tests/launching/test_hanging.py::test_one_stopped_rank_ends_the_run_and_every_rank_shows_where_it_stood",
+            "tests/launching/test_launch.py::test_killed_rank_is_named_and_the_ones_that_wait_for_it_end",
+            "tests/launching/test_launch.py::test_a_worker_that_dies_is_started_again_with_all_others",
         ],
     ),
 )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xtrain.metrics import MetricsLog, StepRecord
-from xtrain.record import (
+from xtrain.measure.speed import measure_speed, split_time
+from xtrain.records.metrics import MetricsLog, StepRecord
+from xtrain.records.record import (
     CounterFacts,
     DataFacts,
     Evaluation,
@@ -19,7 +20,6 @@ from xtrain.record import (
     Totals,
     write_record,
 )
-from xtrain.speed import measure_speed, split_time
 
 MIB = 1 << 20
 GIB = 1 << 30

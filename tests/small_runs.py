@@ -8,7 +8,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from xtrain.cli import main
-from xtrain.metrics import StepRecord, read_metrics
+from xtrain.records.metrics import StepRecord, read_metrics
 
 SPEC = """\
 model: {preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}

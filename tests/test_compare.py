@@ -19,8 +19,8 @@ from xtrain.cli import main
 from xtrain.compare import Turns, compare
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane, LaneEnd, parse_lanes, run_lane, xtrain_run
-from xtrain.metrics import StepRecord
-from xtrain.record import DataFacts, StepPeaks
+from xtrain.records.metrics import StepRecord
+from xtrain.records.record import DataFacts, StepPeaks
 from xtrain.report.agreement import largest_difference
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import SPEC, checkpoints, metrics
-from xtrain.metrics import StepRecord
-from xtrain.record import load_record
+from xtrain.records.metrics import StepRecord
+from xtrain.records.record import load_record
 
 STEPS = 2000
 WINDOW = 10

@@ -23,11 +23,11 @@ from xtrain.choose import Choice
 from xtrain.contract import Job
 from xtrain.errors import EXIT_FAILED, RunFailed
 from xtrain.fitting import Failure, add_failure, fit, lower_after, read_history
-from xtrain.launch import Ended
+from xtrain.launching.launch import Ended
 from xtrain.plan.auto import Rung, predicted_bytes, rungs
-from xtrain.record import RunRecord, load_record
+from xtrain.records.record import RunRecord, load_record
+from xtrain.records.rundir import write_json
 from xtrain.request import Request
-from xtrain.rundir import write_json
 from xtrain.signals import StopRequest
 from xtrain.spec import load_spec
 from xtrain.spec.tree import MemorySection, Spec

@@ -16,8 +16,8 @@ import pytest
 from tests import mounts
 from tests.small_runs import checkpoints, metrics, run, steps, weights
 from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
-from xtrain.metrics import MetricsLog
-from xtrain.record import load_record
+from xtrain.records.metrics import MetricsLog
+from xtrain.records.record import load_record
 from xtrain.resume import MAY_CHANGE, differences
 from xtrain.spec.keys import covering
 

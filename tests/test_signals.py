@@ -24,7 +24,7 @@ from tests.started import (  # noqa: F401
     stuck_model,
     training,
 )
-from xtrain.record import load_record
+from xtrain.records.record import load_record
 
 pytestmark = pytest.mark.slow
 

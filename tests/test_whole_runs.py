@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps
-from xtrain.record import load_record
+from xtrain.records.record import load_record
 from xtrain.request import this_program
 
 null: Any = importlib.import_module("xtrain.backends.null.backend")

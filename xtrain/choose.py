@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from xtrain import registry
 from xtrain.contract import Availability, Backend, Problem
 from xtrain.errors import BackendError, SpecError
+from xtrain.exchange.translation import elsewhere
 from xtrain.spec.tree import Spec
-from xtrain.translation import elsewhere
 
 AUTO = "auto"
 

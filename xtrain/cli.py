@@ -15,9 +15,9 @@ import click
 from xtrain import __version__
 from xtrain.cli_checkpoint import checkpoint
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, XtrainError
+from xtrain.launching.worker import launched
 from xtrain.plan.formulas import FORMULAS
 from xtrain.signals import Interrupted, exit_code
-from xtrain.worker import launched
 
 if TYPE_CHECKING:
     from xtrain.report.comparison import Comparison
@@ -46,7 +46,7 @@ class Edge(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         if launched():
-            return super().invoke(context)  # one of several workers: xtrain.worker tells the launcher
+            return super().invoke(context)  # one of several workers: its worker.py tells the launcher
         try:
             return super().invoke(context)
         except (XtrainError, Interrupted) as error:
@@ -104,9 +104,9 @@ def run(
     Exits with 0 when done or stopped as asked, 1 when it failed, 2 when the request was wrong, 75 when it was
     interrupted, saved and can be resumed.
     """
+    from xtrain.launching.supervise import end_with_input
     from xtrain.request import Request, hosts_of
     from xtrain.run import run as train
-    from xtrain.supervise import end_with_input
 
     if leash:
         end_with_input()
@@ -158,8 +158,8 @@ def launch(
 
     All hosts need the same checkout, environment and folders. Exit codes are those of `xtrain run`.
     """
+    from xtrain.launching.several import on_hosts, on_slurm
     from xtrain.request import Request
-    from xtrain.several import on_hosts, on_slurm
 
     request = Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after, max_restarts)
     if slurm == (hostfile is not None):
@@ -211,7 +211,7 @@ def translate(
     as_json: bool,
 ) -> None:
     """Print the config that a backend is given for SPEC, every value concrete; starts nothing."""
-    from xtrain import translate as translation
+    from xtrain.exchange import translate as translation
 
     loaded, settings = translation.translate_file(spec, overrides, backend, world, standalone)
     if origins and not as_json:
@@ -233,7 +233,7 @@ def import_config(
 
     What was decided and what could not be carried over is said on standard error and in the spec.
     """
-    from xtrain import imports
+    from xtrain.exchange import imports
 
     found = imports.import_file(config, arguments, world, backend)
     text = imports.as_yaml(found, config)

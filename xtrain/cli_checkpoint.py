@@ -27,7 +27,7 @@ def list_them(path: Path, as_json: bool) -> None:
     from tabulate import tabulate
 
     from xtrain.checkpoints.inventory import entry, found_at
-    from xtrain.summary import format_bytes
+    from xtrain.records.summary import format_bytes
 
     entries = [entry(one) for one in found_at(path)]
     if as_json:
@@ -110,7 +110,7 @@ def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
     """
     from xtrain.checkpoints.export import export as write
     from xtrain.checkpoints.inventory import newest
-    from xtrain.summary import format_bytes
+    from xtrain.records.summary import format_bytes
 
     found = newest(path)
     written = write(found, form, dtype, out)

@@ -252,7 +252,7 @@ Holdings: TypeAlias = "Mapping[str, Iterable[torch.Tensor]]"
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one step held at its fullest, counted storage by storage (xtrain/ledger.py)."""
+    """What one step held at its fullest, counted storage by storage (xtrain/measure/ledger.py)."""
 
     step: int
     """1-based, as in metrics.jsonl."""
@@ -276,7 +276,7 @@ Phase: TypeAlias = Literal["data", "forward", "backward", "reduce", "optimizer"]
 
 
 class Trace(Protocol):
-    """Marks the phases of a step; a no-op except on every K-th step (xtrain/trace.py)."""
+    """Marks the phases of a step; a no-op except on every K-th step (xtrain/measure/trace.py)."""
 
     def span(self, phase: Phase) -> AbstractContextManager[None]: ...
 

@@ -11,9 +11,9 @@ from tabulate import tabulate
 from xtrain import registry
 from xtrain.contract import JSON, Availability
 from xtrain.errors import BackendError
-from xtrain.machine import environment
+from xtrain.measure.machine import environment
 from xtrain.printable import printable
-from xtrain.summary import format_bytes
+from xtrain.records.summary import format_bytes
 
 if TYPE_CHECKING:
     from xtrain.gradcheck import GradCheck

@@ -14,11 +14,11 @@ from typing import Any
 
 from xtrain.contract import JSON, Backend, OutOfMemory, Resolved
 from xtrain.errors import EXIT_FAILED
-from xtrain.launch import Ended
+from xtrain.launching.launch import Ended
 from xtrain.plan.auto import Rung, predicted_bytes, rungs
-from xtrain.rundir import write_json
+from xtrain.records.rundir import write_json
+from xtrain.records.summary import format_bytes
 from xtrain.spec.tree import Spec
-from xtrain.summary import format_bytes
 
 HISTORY = "memory.json"
 USABLE = 0.9

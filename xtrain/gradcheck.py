@@ -18,10 +18,10 @@ from xtrain.choose import choose
 from xtrain.contract import Batch, Engine, Job, ModelSource, OutOfMemory, StepInput
 from xtrain.data import open_data
 from xtrain.errors import RequestError, RunFailed
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec import load_spec
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 
 from xtrain import registry
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError
-from xtrain.summary import clean
+from xtrain.records.summary import clean
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed"]
 """Refused: it cannot run here, and nothing was started. Failed: it began and did not finish."""

@@ -19,16 +19,16 @@ from xtrain.contract import Engine, OutOfMemory, StepInput, StepMemory, StepResu
 from xtrain.data import Dataset
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards, Watch
-from xtrain.machine import resident_bytes
-from xtrain.metrics import StepRecord
-from xtrain.trace import NullTrace, SampledTrace, is_audited, is_traced
+from xtrain.measure.machine import resident_bytes
+from xtrain.measure.trace import NullTrace, SampledTrace, is_audited, is_traced
+from xtrain.records.metrics import StepRecord
 
 WARMUP_STEPS = 3
 """Updates left out of the speed figures: allocators, kernels and caches settle in them."""
 
 
 class Observer(Protocol):
-    """Takes down what the loop saw (xtrain/recorder.py)."""
+    """Takes down what the loop saw (xtrain/records/recorder.py)."""
 
     def saw(self, record: StepRecord) -> None: ...
 
@@ -61,7 +61,7 @@ class Loop:
     audits: bool = True
     """Whether the ledger takes the first steps: it sees no tensor that compiled code makes."""
     beat: Callable[[], None] = lambda: None
-    """Called at every step: the loop is alive (xtrain/watchdog.py)."""
+    """Called at every step: the loop is alive (xtrain/launching/watchdog.py)."""
     saves_when_full: bool = False
     """Whether a step that did not fit leaves a checkpoint of the updates before it."""
     saved_when_full: int | None = None
@@ -144,7 +144,7 @@ class Loop:
 
     def _audited_step(self, step: int, window: Window) -> None:
         """A step under the ledger. It computes the same, but its time means nothing: speed leaves it out."""
-        from xtrain.ledger import Ledger
+        from xtrain.measure.ledger import Ledger
 
         ledger, finished = Ledger(self.engine.holdings), False
         try:

@@ -14,10 +14,10 @@ from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.select import set_aside, set_aside_after
 from xtrain.contract import Resolved
 from xtrain.fitting import TooMuch
-from xtrain.metrics import MetricsError, MetricsLog
+from xtrain.records.metrics import MetricsError, MetricsLog
+from xtrain.records.rundir import RunDirectory, write_json, write_text
 from xtrain.request import Request
 from xtrain.resume import Start
-from xtrain.rundir import RunDirectory, write_json, write_text
 from xtrain.spec import dump_spec
 
 RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"

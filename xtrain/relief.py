@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtrain.contract import Backend, Moment, OutOfMemory, Resolved, StepMemory
+from xtrain.records.summary import format_bytes, format_categories
 from xtrain.remedies import Helps, remedies
 from xtrain.spec.check import check_spec
 from xtrain.spec.keys import covering
 from xtrain.spec.tree import Spec
-from xtrain.summary import format_bytes, format_categories
 
 IN_A_STEP: tuple[Moment, ...] = ("step", "update")
 LAST_RESORT = {"start": "a smaller model"}

@@ -15,18 +15,18 @@ from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.fitting import lower_after, read_history
-from xtrain.job import join
-from xtrain.launch import start_workers
-from xtrain.preflight import ADDRESS, told_to_others
+from xtrain.launching.job import join
+from xtrain.launching.launch import start_workers
+from xtrain.launching.preflight import ADDRESS, told_to_others
+from xtrain.launching.worker import register
 from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory, run_directory
+from xtrain.records.rundir import RunDirectory
+from xtrain.records.trackers import require_installed
 from xtrain.request import Request
-from xtrain.rundir import RunDirectory
 from xtrain.signals import Interrupted, StopRequest
 from xtrain.spec import load_spec, locate
 from xtrain.spec.tree import Spec
-from xtrain.trackers import require_installed
 from xtrain.work import work
-from xtrain.worker import register
 
 
 def run(request: Request) -> int:

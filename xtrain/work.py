@@ -19,28 +19,28 @@ from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.fitting import Fitted, TooMuch, fit
 from xtrain.guards import Guards, watches
+from xtrain.launching.preflight import everyones, host_name, known, preflight, told_to_others
+from xtrain.launching.watchdog import Watchdog
+from xtrain.launching.worker import launched, leave_word
 from xtrain.loop import Loop
-from xtrain.machine import resident_bytes
+from xtrain.measure.machine import resident_bytes
 from xtrain.models.source import NotedSource, model_source
 from xtrain.plan.layout import Planned
 from xtrain.plan.predict import predict
-from xtrain.preflight import everyones, host_name, known, preflight, told_to_others
 from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory, run_directory
-from xtrain.progress import Progress
-from xtrain.record import Status, write_record
-from xtrain.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
+from xtrain.records.progress import Progress
+from xtrain.records.record import Status, write_record
+from xtrain.records.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
+from xtrain.records.rundir import RunDirectory
+from xtrain.records.summary import render_summary
+from xtrain.records.trackers import open_trackers
 from xtrain.relief import about_checkpoint, describe_out_of_memory
 from xtrain.request import Request
 from xtrain.resume import Start, agreed, find_start
-from xtrain.rundir import RunDirectory
 from xtrain.schedule import learning_rate
 from xtrain.signals import StopRequest
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Spec
-from xtrain.summary import render_summary
-from xtrain.trackers import open_trackers
-from xtrain.watchdog import Watchdog
-from xtrain.worker import launched, leave_word
 
 
 def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from xtrain.exchange.training_arguments import warmup_steps
 from xtrain.spec.fits import is_number
 from xtrain.spec.problems import shown
-from xtrain.training_arguments import warmup_steps
 
 from .overrides import is_section
 

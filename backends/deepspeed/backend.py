@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
-from xtrain.machine import host_room_bytes
-from xtrain.translation import Imported, Setting
+from xtrain.exchange.translation import Imported, Setting
+from xtrain.measure.machine import host_room_bytes
 
 from .environment import announce_compilation, facts, prepare, probe
 from .imports import import_config

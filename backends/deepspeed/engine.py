@@ -33,8 +33,8 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
-from xtrain.ledger import count_bytes
-from xtrain.matmul import MatmulPeak
+from xtrain.measure.ledger import count_bytes
+from xtrain.measure.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from xtrain.contract import JSON, Availability, Job
-from xtrain.preflight import ADDRESS
+from xtrain.launching.preflight import ADDRESS
 
 from .apple import decide, on_mac, this_mac
 from .nvme import INSTALL, find_libaio

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 from xtrain.errors import RequestError
-from xtrain.machine import cpu_flags
+from xtrain.measure.machine import cpu_flags
 
 from .environment import sees_gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
-from xtrain.translation import Tree
+from xtrain.exchange.translation import Tree
 
 from .leaves import Leaves
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from xtrain.errors import SpecError
+from xtrain.exchange.translation import Tree, placed
 from xtrain.spec.keys import covering
 from xtrain.spec.problems import find_faults, shown, translate
 from xtrain.spec.tree import Spec
-from xtrain.translation import Tree, placed
 
 from .known_keys import KNOWN, REMOVED
 from .leaves import Leaves, says_nothing

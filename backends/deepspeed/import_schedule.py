@@ -7,10 +7,10 @@ from typing import Any
 
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
+from xtrain.exchange.translation import Tree
 from xtrain.spec.fits import fits
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import Schema, describe
-from xtrain.translation import Tree
 
 from .leaves import Leaves
 

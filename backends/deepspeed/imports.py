@@ -7,11 +7,11 @@ from typing import Any
 
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
+from xtrain.exchange.translation import Imported, Tree, placed
 from xtrain.spec.fits import fits
 from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
-from xtrain.translation import Imported, Tree, placed
 
 from .auto import SPEC_KEYS, added_by_trainer, contradictions, resolve_auto
 from .import_batch import import_batch

@@ -11,11 +11,11 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from xtrain.contract import JSON, Problem
+from xtrain.exchange.translation import Setting
 from xtrain.spec.fits import fits
 from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
-from xtrain.translation import Setting
 
 from .effects import unfit, unmet
 from .known_keys import KNOWN, REMOVED

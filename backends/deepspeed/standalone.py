@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from xtrain.contract import JSON, Problem
+from xtrain.exchange.translation import Setting
 from xtrain.spec.keys import printed
 from xtrain.spec.tree import AdamW, Constant, Cosine, Linear, Spec, WarmupDecay
-from xtrain.translation import Setting
 
 from .overrides import merge
 from .translate import clipping, shared_settings

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON
+from xtrain.exchange.translation import Setting, nested
 from xtrain.models.presets import dimensions
-from xtrain.translation import Setting, nested
 
 from .overrides import merge
 from .zero import stage_of, zero_settings

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON
+from xtrain.exchange.translation import Setting
 from xtrain.models.presets import dimensions
 from xtrain.spec.tree import Offload
-from xtrain.translation import Setting
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import OffloadTarget, Spec

@@ -14,7 +14,7 @@ import torch
 
 from xtrain.allocator import keep_freed_memory
 from xtrain.contract import JSON, Availability, Counter
-from xtrain.machine import host_room_bytes
+from xtrain.measure.machine import host_room_bytes
 
 
 class Device(ABC):
@@ -215,7 +215,7 @@ MPS_SETTINGS = {
 
 
 class Mps(Device):
-    """Apple GPUs. There is no peak counter: peaks are sampled on traced steps (xtrain/trace.py)."""
+    """Apple GPUs. There is no peak counter: peaks are sampled on traced steps (xtrain/measure/trace.py)."""
 
     torch_device = torch.device("mps", 0)
     asynchronous = True

@@ -27,7 +27,7 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
-from xtrain.matmul import MatmulPeak
+from xtrain.measure.matmul import MatmulPeak
 from xtrain.spec.tree import Spec
 from xtrain.techniques.compiled import FirstStep, uncompiled
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from xtrain.contract import Holdings, Memory, Moment, OutOfMemory
-from xtrain.ledger import count_bytes
+from xtrain.measure.ledger import count_bytes
 
 from .devices import Cpu, Device
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from xtrain.errors import RequestError
-from xtrain.summary import format_bytes
+from xtrain.records.summary import format_bytes
 
 from .counts import split_blocks
 from .devices import Device

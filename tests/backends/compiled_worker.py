@@ -16,10 +16,10 @@ import torch
 from xtrain import registry
 from xtrain.contract import Job, StepInput
 from xtrain.data import open_data
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
 from xtrain.techniques import compiled
-from xtrain.trace import NullTrace
 
 CASES: dict[str, dict[str, Any]] = {
     "stage 0": {},

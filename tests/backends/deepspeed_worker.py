@@ -23,8 +23,8 @@ from torch import nn
 
 from xtrain import registry
 from xtrain.contract import IGNORED_TARGET, Accept, Batch, Engine, Job, StepInput
+from xtrain.measure.trace import NullTrace
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
 STEPS = 6

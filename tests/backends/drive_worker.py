@@ -20,9 +20,9 @@ from tests.whole_state import whole_state
 from xtrain import registry
 from xtrain.contract import Job, StateKind, StepInput
 from xtrain.data import open_data
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 STEPS, MIDDLE = 6, 3
 BF16 = {"dtype": "bf16", "weights": "bf16"}

@@ -20,10 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from xtrain import registry
 from xtrain.contract import Batch, Job, StateKind, StepInput
 from xtrain.data import open_data
-from xtrain.ledger import Ledger
+from xtrain.measure.ledger import Ledger
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 STEPS = 4
 GATHER_ALL = {

@@ -20,9 +20,9 @@ from tests.techniques.kept import kept_bytes
 from xtrain import registry
 from xtrain.contract import Job, StepInput
 from xtrain.data import open_data
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 WAYS: dict[str, Any] = {
     "none": "none",

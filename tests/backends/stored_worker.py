@@ -23,10 +23,10 @@ from tests.conformance.cases import SHARDING, Lane, Training
 from xtrain import registry
 from xtrain.contract import Job, StepInput
 from xtrain.data import open_data
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 STEPS, MIDDLE = 6, 3
 

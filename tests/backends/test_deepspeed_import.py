@@ -11,13 +11,13 @@ import pytest
 
 from backends.deepspeed.known_keys import KNOWN
 from backends.deepspeed.overrides import leaves
-from xtrain import imports
 from xtrain.contract import JSON
 from xtrain.errors import RequestError
+from xtrain.exchange import imports
+from xtrain.exchange.translate import find_translator
+from xtrain.exchange.translation import Imported, Setting, nested
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
-from xtrain.translate import find_translator
-from xtrain.translation import Imported, Setting, nested
 
 FOLDER = Path(__file__).parent / "ds_configs"
 CONFIGS = sorted(FOLDER.glob("*.json"))

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 from backends.deepspeed.known_keys import KNOWN
 from tests.backends.test_deepspeed_import import CONFIGS, FOLDER, import_of, spec_of, translation
-from xtrain import imports
 from xtrain.cli import main
 from xtrain.errors import RequestError
+from xtrain.exchange import imports
+from xtrain.exchange.translation import Imported, nested, placed
 from xtrain.spec.tree import Checkpointing
-from xtrain.translation import Imported, nested, placed
 
 
 def said(found: Imported) -> str:

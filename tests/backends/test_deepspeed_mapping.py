@@ -9,9 +9,9 @@ import pytest
 
 from backends.deepspeed.mapping import MAPPING, table
 from tests.backends.test_every_key import SET, changed
+from xtrain.exchange.translate import find_translator
+from xtrain.exchange.translation import Setting
 from xtrain.spec.keys import all_keys, covering
-from xtrain.translate import find_translator
-from xtrain.translation import Setting
 
 PAGE = Path(__file__).parents[2] / "docs" / "deepspeed.md"
 

@@ -15,8 +15,8 @@ from backends.deepspeed.known_keys import KNOWN
 from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
-from xtrain.translate import find_translator
-from xtrain.translation import placed
+from xtrain.exchange.translate import find_translator
+from xtrain.exchange.translation import placed
 
 BACKEND = registry.load("deepspeed")
 

@@ -10,10 +10,10 @@ import pytest
 from tests.conformance.cases import Case
 from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
+from xtrain.exchange.translation import Translator, nested
 from xtrain.schedule import learning_rate
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
-from xtrain.translation import Translator, nested
 
 WORLD = 2
 FP32_BAND, BF16_BAND = 5e-7, 1e-4

@@ -15,10 +15,10 @@ import pytest
 
 from tests.small_specs import make_spec
 from xtrain import registry
-from xtrain.imports import import_file
+from xtrain.exchange.imports import import_file
+from xtrain.exchange.translate import find_translator
+from xtrain.exchange.translation import nested
 from xtrain.spec import Spec, load_spec
-from xtrain.translate import find_translator
-from xtrain.translation import nested
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
 BACKEND = registry.load("deepspeed")
@@ -156,10 +156,10 @@ def test_asking_about_a_spec_imports_nothing_heavy() -> None:
     program = f"""
 import sys
 from xtrain import registry
-from xtrain.imports import import_file
+from xtrain.exchange.imports import import_file
 from xtrain.spec import Spec, load_spec
-from xtrain.translate import find_translator
-from xtrain.translation import nested
+from xtrain.exchange.translate import find_translator
+from xtrain.exchange.translation import nested
 spec = Spec.model_validate({{"model": {{"preset": "gpt2-nano"}}, "data": {{"source": "synthetic"}},
     "batch": {{"global": 8, "micro": 2}}, "train": {{"steps": 1}}, "optimizer": {{"lr": 1e-3}}}})
 backend = registry.load({BACKEND.name!r})

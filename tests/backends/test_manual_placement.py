@@ -18,7 +18,7 @@ from tests.small_runs import run
 from xtrain import registry
 from xtrain.errors import RequestError
 from xtrain.models.source import model_source
-from xtrain.record import load_record
+from xtrain.records.record import load_record
 from xtrain.spec.tree import Spec
 
 HOME, AWAY = torch.device("cpu"), torch.device("meta")

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.measured import Measured
 from benchmarks.overhead_report import CaseResult, against_neighbours, evaluate, largest_difference, markdown
 from benchmarks.workload import SIZES, Workload
+from xtrain.measure.trace import is_traced
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
-from xtrain.trace import is_traced
 
 LOAD = SIZES["micro"]
 

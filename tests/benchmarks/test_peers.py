@@ -18,8 +18,8 @@ from benchmarks.peers_report import (
     markdown,
 )
 from benchmarks.workload import SIZES
+from xtrain.measure.trace import is_traced
 from xtrain.spec.tree import Spec
-from xtrain.trace import is_traced
 
 LOAD = SIZES["small"]
 

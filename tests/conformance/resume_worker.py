@@ -23,7 +23,7 @@ from xtrain.contract import Job, ModelSource
 from xtrain.data import open_data
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
-from xtrain.job import join
+from xtrain.launching.job import join
 from xtrain.loop import Loop
 from xtrain.models.source import model_source
 from xtrain.schedule import learning_rate

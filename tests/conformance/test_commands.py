@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tests.jobs import job_environment
-from xtrain.metrics import read_metrics
-from xtrain.record import load_record
+from xtrain.records.metrics import read_metrics
+from xtrain.records.record import load_record
 
 pytestmark = pytest.mark.slow
 

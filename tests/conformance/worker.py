@@ -24,10 +24,10 @@ from xtrain import registry
 from xtrain.contract import Engine, Job, ModelSource
 from xtrain.data import open_data
 from xtrain.guards import Guards
-from xtrain.job import join
+from xtrain.launching.job import join
 from xtrain.loop import Loop
-from xtrain.metrics import StepRecord
 from xtrain.models.source import model_source
+from xtrain.records.metrics import StepRecord
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
 

@@ -10,9 +10,9 @@ import pytest
 from tests.small_runs import run
 from xtrain.models.source import PresetSource
 from xtrain.plan.predict import predict
-from xtrain.record import Predicted, load_record, prediction
+from xtrain.records.record import Predicted, load_record, prediction
+from xtrain.records.summary import format_prediction, predicted_at
 from xtrain.spec.tree import Spec
-from xtrain.summary import format_prediction, predicted_at
 
 MODEL = {"preset": "gpt2-nano", "layers": 1, "hidden": 32, "heads": 2}
 MIB = 1 << 20

@@ -13,11 +13,11 @@ from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer
 from xtrain.contract import Job, StepInput
 from xtrain.data import open_data
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.plan.command import answer_spec
 from xtrain.plan.saves import background_copy_bytes
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "adamw", "lr": 1e-3},

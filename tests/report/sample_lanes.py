@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.sample_runs import MIB, sample_memory, sample_record
-from xtrain.metrics import StepRecord
-from xtrain.record import RankMemory, StepPeaks
+from xtrain.records.metrics import StepRecord
+from xtrain.records.record import RankMemory, StepPeaks
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison, Figures
 from xtrain.report.runs import LaneRuns, Run

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.report.sample_lanes import steps
-from xtrain.metrics import StepRecord
+from xtrain.records.metrics import StepRecord
 from xtrain.report.agreement import LARGEST_ALLOWANCE, agreement, allowance
 
 

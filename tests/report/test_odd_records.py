@@ -13,7 +13,7 @@ import pytest
 
 from tests.report.sample_lanes import run
 from xtrain.errors import RequestError
-from xtrain.record import MatmulFacts, ModelFacts
+from xtrain.records.record import MatmulFacts, ModelFacts
 from xtrain.report.build import compare_lanes
 from xtrain.report.page import render_page
 from xtrain.report.runs import LaneRuns, Run, read_run

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.report.sample_lanes import STEP, compared, lane, memory, run, steps, unfinished
-from xtrain.record import DataFacts, ModelFacts
+from xtrain.records.record import DataFacts, ModelFacts
 from xtrain.report.charts import Chart, charts, label
 from xtrain.report.comparison import Comparison
 from xtrain.report.page import render_page

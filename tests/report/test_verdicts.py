@@ -20,7 +20,7 @@ from tests.report.sample_lanes import (
     verdict,
 )
 from tests.sample_runs import MIB, sample_memory
-from xtrain.record import DataFacts, MatmulFacts, ModelFacts
+from xtrain.records.record import DataFacts, MatmulFacts, ModelFacts
 from xtrain.report.runs import LaneRuns, Run
 from xtrain.report.tables import tables
 

@@ -98,7 +98,7 @@ def test_a_step_copies_its_tokens_and_waits_for_nothing(simulated: Backend) -> N
 
 def _untraced() -> Any:
     from xtrain.loop import Window
-    from xtrain.trace import NullTrace
+    from xtrain.measure.trace import NullTrace
 
     return Window(), NullTrace()
 

@@ -22,7 +22,7 @@ from tests.small_runs import checkpoints, run, steps, weights
 from xtrain.contract import Backend, OutOfMemory, StepMemory
 from xtrain.data import open_data
 from xtrain.loop import Loop
-from xtrain.record import load_record
+from xtrain.records.record import load_record
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
 

@@ -22,10 +22,10 @@ from xtrain import registry
 from xtrain.contract import Backend, Job, StateKind, StepInput
 from xtrain.data import open_data
 from xtrain.loop import Loop
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
-from xtrain.trace import NullTrace
 
 HOST, SIM, SIM_1 = torch.device("cpu"), torch.device("sim", 0), torch.device("sim", 1)
 STEPS = 20

@@ -20,10 +20,10 @@ from xtrain import registry
 from xtrain.contract import Batch, Engine, Job, StepInput
 from xtrain.data import open_data
 from xtrain.errors import RunFailed
+from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
 from xtrain.techniques import compiled
-from xtrain.trace import NullTrace
 
 COMPILE = {"train": {"compile": True}}
 IN_FP32, IN_16_BIT = 1e-5, 1e-3

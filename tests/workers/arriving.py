@@ -11,7 +11,7 @@ import time
 
 from xtrain.contract import Job
 from xtrain.errors import RequestError, XtrainError
-from xtrain.preflight import ADDRESS, known, preflight, told_to_others
+from xtrain.launching.preflight import ADDRESS, known, preflight, told_to_others
 from xtrain.spec.tree import Spec
 
 rank, world, port = (int(word) for word in sys.argv[1:4])

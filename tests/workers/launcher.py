@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from xtrain.launch import start_workers
+from xtrain.launching.launch import start_workers
 
 restarts = int(os.environ.get("RESTARTS", "0"))
 ended = start_workers(sys.argv[2:], int(sys.argv[1]), os.environ, module="member", max_restarts=restarts)

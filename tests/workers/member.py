@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from xtrain.job import join
-from xtrain.worker import register
+from xtrain.launching.job import join
+from xtrain.launching.worker import register
 
 records, behaviour = Path(sys.argv[1]), sys.argv[2]
 place = join(os.environ)

@@ -1,7 +1,8 @@
 """Training states in other programs' files become checkpoints of ours, and back.
 
-An optional capability of a backend, like a config of its own (xtrain/translation.py). Only the backend knows
-the library's files; here is what they mean to a run: which spec they are of, and that everything fits.
+An optional capability of a backend, like a config of its own (xtrain/exchange/translation.py). Only the
+backend knows the library's files; here is what they mean to a run: which spec they are of, and that
+everything fits.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from xtrain.checkpoints.writer import form_of, write_streamed
 from xtrain.contract import JSON, PiecewiseSource, StateForm, StateKey, StateKind, StatePiece
 from xtrain.data import open_data
 from xtrain.errors import RequestError, RunFailed
-from xtrain.machine import RECORDED_PACKAGES, package_version
+from xtrain.measure.machine import RECORDED_PACKAGES, package_version
 from xtrain.models.hf_folder import CONFIG
 from xtrain.models.init_from import ADAPTED, SHOWN
 from xtrain.models.source import model_source
-from xtrain.rundir import RunDirectory
+from xtrain.records.rundir import RunDirectory
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import AdamW, Spec
 

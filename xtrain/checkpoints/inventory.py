@@ -11,7 +11,7 @@ from typing import Any
 from xtrain.checkpoints.format import Checkpoint, CheckpointError, complete_checkpoints
 from xtrain.checkpoints.select import prune, select
 from xtrain.contract import JSON
-from xtrain.rundir import RunDirectory
+from xtrain.records.rundir import RunDirectory
 
 ASIDE = ("superseded-*", "damaged-*")
 

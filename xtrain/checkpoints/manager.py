@@ -25,7 +25,7 @@ from xtrain.checkpoints.writer import begin
 from xtrain.contract import Engine, Resolved, StateKind, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
-from xtrain.machine import RECORDED_PACKAGES, package_version
+from xtrain.measure.machine import RECORDED_PACKAGES, package_version
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
 

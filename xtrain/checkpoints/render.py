@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xtrain.printable import printable
-from xtrain.summary import format_bytes
+from xtrain.records.summary import format_bytes
 
 
 def rendered(found: Mapping[str, Any], tensors: bool) -> str:

@@ -22,7 +22,7 @@ from xtrain.checkpoints.shares import Plan
 from xtrain.checkpoints.writer import commit, discard, finish_files, write_pieces
 from xtrain.contract import StateKind, StatePiece
 from xtrain.errors import described
-from xtrain.rundir import write_text
+from xtrain.records.rundir import write_text
 
 if TYPE_CHECKING:
     import torch

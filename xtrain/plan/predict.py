@@ -6,7 +6,7 @@ from xtrain.contract import MEMORY_CATEGORIES, Engine
 from xtrain.models.presets import fitted_dimensions
 from xtrain.plan.layout import HOST, Planned, peaks
 from xtrain.plan.step import preset_step
-from xtrain.record import Predicted
+from xtrain.records.record import Predicted
 from xtrain.spec.tree import Spec
 
 

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.plan.ladder import Plan, Rung
-from xtrain.summary import format_bytes, plural
+from xtrain.records.summary import format_bytes, plural
 
 SLACK = (
     "Bytes of live tensors. On top come the allocator's slack, which is not known beforehand (a run measures "

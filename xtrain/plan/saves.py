@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from xtrain.plan.model import FP32
+from xtrain.records.summary import format_bytes
 from xtrain.spec.tree import AdamW, Spec
-from xtrain.summary import format_bytes
 
 
 def background_copy_bytes(spec: Spec, parameters: int, world: int) -> int:

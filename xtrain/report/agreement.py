@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from xtrain.metrics import Natural, StepRecord
-from xtrain.record import Part
+from xtrain.records.metrics import Natural, StepRecord
+from xtrain.records.record import Part
 
 ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 """By the arithmetic's dtype: what two engines that compute the same may differ by, relative, at the start.

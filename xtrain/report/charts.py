@@ -13,11 +13,11 @@ from textwrap import wrap
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
+from xtrain.measure.speed import PHASES
+from xtrain.records.summary import COUNTERS, clean
 from xtrain.report.agreement import relative_difference
 from xtrain.report.comparison import Comparison, Curve, Figures
 from xtrain.report.memory import fullest_place
-from xtrain.speed import PHASES
-from xtrain.summary import COUNTERS, clean
 
 Lanes = Sequence[tuple[str, Figures]]
 Trace = dict[str, Any]

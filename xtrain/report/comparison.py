@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
-from xtrain.flops import FieldSpeed
 from xtrain.lanes import Outcome
-from xtrain.metrics import Natural
-from xtrain.record import CounterFacts, Evaluation, JsonObject, LossFacts, MatmulFacts, Part, Status
+from xtrain.measure.flops import FieldSpeed
+from xtrain.measure.speed import Speed, TimeSplit
+from xtrain.records.metrics import Natural
+from xtrain.records.record import CounterFacts, Evaluation, JsonObject, LossFacts, MatmulFacts, Part, Status
 from xtrain.report.agreement import Agreement, Difference
-from xtrain.speed import Speed, TimeSplit
 
 Tone: TypeAlias = Literal["good", "bad", "plain"]
 Topic: TypeAlias = Literal["losses", "speed", "memory", "bottleneck", "choice"]

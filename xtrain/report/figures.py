@@ -8,15 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
-from xtrain.flops import field_speed
-from xtrain.metrics import StepRecord
-from xtrain.record import MatmulFacts, RankMemory, RunRecord, prediction
+from xtrain.measure.flops import field_speed
+from xtrain.measure.speed import PHASES, Speed, TimeSplit, imbalance
+from xtrain.records.metrics import StepRecord
+from xtrain.records.record import MatmulFacts, RankMemory, RunRecord, prediction
+from xtrain.records.summary import COUNTERS, fullest_step, largest, predicted_at
 from xtrain.report.agreement import Agreement, Difference, agreement, largest_difference
 from xtrain.report.comparison import Curve, Figures
 from xtrain.report.runs import Run
 from xtrain.report.unlike import has_dropout
-from xtrain.speed import PHASES, Speed, TimeSplit, imbalance
-from xtrain.summary import COUNTERS, fullest_step, largest, predicted_at
 
 CURVE_POINTS = 400
 """A page shows no more, and a report of thirty lanes stays small."""

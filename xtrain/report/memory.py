@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xtrain.record import CounterFacts
+from xtrain.records.record import CounterFacts
+from xtrain.records.summary import COUNTERS
 from xtrain.report.comparison import Figures
-from xtrain.summary import COUNTERS
 
 STEP = "A step at its fullest, counted storage by storage"
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xtrain.errors import RequestError
+from xtrain.records.summary import plural
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison
 from xtrain.report.runs import stored_lanes
 from xtrain.report.write import write_report
-from xtrain.summary import plural
 
 
 def merge(places: Sequence[str], out: Path) -> Comparison:

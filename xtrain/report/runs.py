@@ -8,8 +8,8 @@ from pathlib import Path
 
 from xtrain.errors import RequestError
 from xtrain.lanes import LaneEnd, Outcome
-from xtrain.metrics import StepRecord, read_metrics
-from xtrain.record import RunRecord, load_record
+from xtrain.records.metrics import StepRecord, read_metrics
+from xtrain.records.record import RunRecord, load_record
 
 LANES = "lanes"
 """The folder of a comparison that holds a folder of runs for each lane."""

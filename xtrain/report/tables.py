@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
+from xtrain.measure.speed import PHASES
+from xtrain.records.summary import (
+    COUNTERS,
+    NOT_MEASURED,
+    format_bytes,
+    format_imbalance,
+    format_loss,
+    format_rate,
+)
 from xtrain.report.agreement import Difference
 from xtrain.report.comparison import Comparison, Figures
 from xtrain.report.memory import fullest_place
 from xtrain.report.unlike import chosen_differences, shown
-from xtrain.speed import PHASES
-from xtrain.summary import COUNTERS, NOT_MEASURED, format_bytes, format_imbalance, format_loss, format_rate
 
 Lanes = Sequence[tuple[str, Figures]]
 

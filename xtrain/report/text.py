@@ -6,9 +6,9 @@ import html
 
 from tabulate import tabulate
 
+from xtrain.records.summary import clean
 from xtrain.report.comparison import Comparison
 from xtrain.report.tables import Table, environment_table, tables
-from xtrain.summary import clean
 
 
 def render_terminal(comparison: Comparison) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from xtrain.records.summary import clean
 from xtrain.report.comparison import Figures
 from xtrain.resume import MAY_CHANGE, differences
 from xtrain.spec.keys import covering, printed
-from xtrain.summary import clean
 
 Lanes = Sequence[tuple[str, Figures]]
 T = TypeVar("T")

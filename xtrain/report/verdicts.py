@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xtrain.records.summary import NOT_MEASURED, format_bytes, format_imbalance, plural
 from xtrain.report.agreement import Departure
 from xtrain.report.comparison import Figures, LaneReport, Tone, Topic, Verdict
 from xtrain.report.memory import instruments
 from xtrain.report.noise import SINGLE_RUN_NOISE, SpeedDifference, compare_speeds, median_error
 from xtrain.report.unlike import has_dropout
-from xtrain.summary import NOT_MEASURED, format_bytes, format_imbalance, plural
 
 Lanes = Sequence[tuple[str, Figures]]
 

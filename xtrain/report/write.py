@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from xtrain.errors import RequestError
+from xtrain.records.rundir import write_json, write_text
 from xtrain.report.comparison import Comparison
 from xtrain.report.page import LibraryMissing, chart_library, render_page
 from xtrain.report.text import render_markdown
-from xtrain.rundir import write_json, write_text
 
 
 def write_report(out: Path, comparison: Comparison) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from xtrain.contract import Problem
 from xtrain.errors import SpecError
+from xtrain.exchange.translation import translators
 from xtrain.spec.check import check_spec
 from xtrain.spec.keys import covering
 from xtrain.spec.overrides import Overrides
@@ -17,7 +18,6 @@ from xtrain.spec.problems import find_faults, translate
 from xtrain.spec.reader import Document, Unreadable, read_file
 from xtrain.spec.sound import sound_part
 from xtrain.spec.tree import Spec
-from xtrain.translation import translators
 
 
 class Judge(Protocol):

@@ -1,0 +1,1 @@
+"""Specs and the configs of other programs: out, in, and where each value comes from."""

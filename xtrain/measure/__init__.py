@@ -1,0 +1,1 @@
+"""What a run costs: time by phase, memory by category, operations, and the machine it is on."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind, and what it tells while it goes: metrics, record, run directory, summary."""
