@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,9 @@ class Case:
         return ", ".join(f"{k} {json.dumps(v)}" for k, v in changed.items()) or "default"
 
 
+GPT2_124M = Case(layers=12, hidden=768, heads=12, vocab_size=50_257, seq_len=256, micro=1)
+
+
 def cases() -> Iterator[Case]:
     for precision in PRECISIONS:
         yield from _gpt2(precision)
@@ -117,6 +120,8 @@ def _gpt2(precision: Any) -> Iterator[Case]:
     yield Case(layers=12, hidden=64, heads=2, micro=8, precision=precision)
     yield Case(layers=12, vocab_size=8000, checkpointing="auto", precision=precision)
     yield Case(layers=2, vocab_size=50_257, micro=1, precision=precision)
+    for checkpointing in ("none", "auto"):
+        yield replace(GPT2_124M, checkpointing=checkpointing, precision=precision)
 
 
 def _llama(precision: Any) -> Iterator[Case]:
