@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from xtrain.cli.options import JSON
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
 
 PATH = click.argument("path", type=click.Path(path_type=Path))
-JSON = click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
 
 
 @click.group()

@@ -1,0 +1,121 @@
+"""`xtrain backends`, `doctor` and `plan`: what can run here, is it right, will it fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xtrain.cli.options import BACKEND, JSON, SET
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from xtrain.plan.formulas import FORMULAS
+
+
+@click.command()
+@JSON
+def backends(as_json: bool) -> None:
+    """List every registered backend: usable here or not, and why."""
+    from tabulate import tabulate
+
+    from xtrain.registry import survey
+
+    found = survey()
+    if as_json:
+        listed = {name: {"usable": a.usable, "reason": a.reason} for name, a in found.items()}
+        click.echo(json.dumps(listed, indent=2))
+        return
+    rows = [(name, "yes" if a.usable else "no", a.reason) for name, a in found.items()]
+    click.echo(tabulate(rows, headers=["backend", "usable", "reason"], tablefmt="simple"))
+
+
+@click.command()
+@click.option(
+    "--grad-check",
+    "checked",
+    metavar="SPEC",
+    type=click.Path(path_type=Path),
+    help="Hold this spec's gradients, on --backend, against bare torch on the CPU.",
+)
+@BACKEND
+@SET
+@click.option("--tolerance", type=click.FloatRange(min=0.0), help="Largest relative error.  [default: 0.001]")
+@JSON
+def doctor(
+    checked: Path | None, backend: str, overrides: tuple[str, ...], tolerance: float | None, as_json: bool
+) -> None:
+    """Tell everything about this machine and its backends; or check gradients of a spec on it.
+
+    With --grad-check it exits with 1 when a gradient is wrong.
+    """
+    from xtrain import doctor as room
+
+    if tolerance is not None and (checked is None or not math.isfinite(tolerance)):
+        raise RequestError(f"--tolerance: found {tolerance}, expected a finite number beside --grad-check")
+    if checked is None:
+        diagnosis = room.diagnose()
+        click.echo(json.dumps(diagnosis.as_json(), indent=2) if as_json else room.render(diagnosis))
+        return
+    from xtrain.gradcheck import TOLERANCE, check_gradients
+
+    result = check_gradients(checked, overrides, backend, TOLERANCE if tolerance is None else tolerance)
+    report = json.dumps(room.grad_check_json(result), indent=2) if as_json else room.render_grad_check(result)
+    click.echo(report)
+    raise SystemExit(EXIT_DONE if result.right else EXIT_FAILED)
+
+
+@click.command()
+@click.argument("spec", required=False, type=click.Path(path_type=Path))
+@SET
+@click.option("--backend", help="Whose engine.  [default: one device, or what runs on that many]")
+@click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
+@click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
+@click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Per node.  [default: 1, or launch.processes]")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--device-memory", help="Of one device, such as 24GiB; 80GB with --advise.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
+@click.option("--seq", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens.")
+@click.option("--hidden", type=click.IntRange(min=1), default=4096, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", help="Of a number.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, in bytes.")
+def plan(
+    spec: Path | None,
+    overrides: tuple[str, ...],
+    backend: str | None,
+    formula: str | None,
+    advise: bool,
+    device_memory: str | None,
+    gpus: int | None,
+    nodes: int,
+    as_json: bool,
+    **question: Any,
+) -> None:
+    """Estimate before training: the memory of SPEC, or of any size, and how to divide it over a cluster.
+
+    With SPEC: bytes by category at the peak of a step, the ladder of techniques, ZeRO's stages, and with
+    --device-memory what fits.
+    """
+    from xtrain.plan import command as room
+
+    if spec is not None:
+        if formula is not None or advise:
+            raise RequestError("xtrain plan: expected one of SPEC, --formula and --advise")
+        world = None if gpus is None and nodes == 1 else (gpus or 1) * nodes
+        click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
+        return
+    click.echo(
+        room.answer(
+            formula,
+            advise,
+            as_json,
+            device_memory="80GB" if device_memory is None else device_memory,
+            gpus=gpus or 1,
+            nodes=nodes,
+            **question,
+        )
+    )
