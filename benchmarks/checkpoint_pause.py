@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from xtrain.checkpoints.manager import Checkpointer
 from xtrain.checkpoints.shares import plan_files
 from xtrain.contract import Engine, Job, StepInput
 from xtrain.data import open_data
-from xtrain.measure.machine import resident_bytes
+from xtrain.measure.machine import environment, resident_bytes
 from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
@@ -160,7 +161,9 @@ def main() -> None:
     print(tabulate(rows, headers="keys", floatfmt=".3f", tablefmt="github"))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "checkpoint_pause.json").write_text(json.dumps(rows, indent=2) + "\n")
+        date = datetime.now(UTC).date().isoformat()
+        report = {"date": date, "saves": options.saves, "environment": environment(), "lanes": rows}
+        (options.out / f"checkpoint-pause-{date}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
