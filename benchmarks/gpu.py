@@ -23,6 +23,7 @@ from benchmarks.gpu_lanes import Bench, Row
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_report import markdown
 from benchmarks.overhead import ROOT, say
+from benchmarks.page import command_of
 from xtrain.measure.machine import environment
 
 NAMES = [part.name for part in PARTS]
@@ -60,7 +61,7 @@ def main() -> int:
         print(no_gpu())
         return 0
     date = datetime.now(UTC).date().isoformat()
-    command = f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".rstrip()
+    command = command_of("gpu")
     header = {"date": date, "command": command, "device": name, "environment": environment()}
     path = arguments.out / f"gpu-{date}{'-trial' * (arguments.device == 'cpu')}.json"
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.overhead import ROOT, say
+from benchmarks.page import command_of
 from xtrain import registry
 from xtrain.contract import Engine, Job
 from xtrain.data import Dataset, open_data
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     date = datetime.now(UTC).date().isoformat()
-    command = f"python -m benchmarks.growth {' '.join(sys.argv[1:])}".rstrip()
+    command = command_of("growth")
     report = {"date": date, "command": command, "environment": environment()}
     rows: list[Row] = []
     with TemporaryDirectory() as name:

@@ -25,6 +25,7 @@ import psutil
 from benchmarks import workload
 from benchmarks.measured import STARTED, Measured
 from benchmarks.overhead_report import CaseResult, evaluate, markdown
+from benchmarks.page import command_of
 from benchmarks.workload import SIZES, Precision, Workload
 from xtrain.measure.machine import environment
 
@@ -152,7 +153,7 @@ def main(program: str = "overhead", **defaults: object) -> int:
         for size in arguments.sizes
     ]
     date = datetime.now(UTC).date().isoformat()
-    command = f"python -m benchmarks.{program} {' '.join(sys.argv[1:])}".rstrip()
+    command = command_of(program)
     header = {"date": date, "command": command, "threads": arguments.threads, "rounds": arguments.rounds}
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[CaseResult] = []

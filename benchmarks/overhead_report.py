@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measured import Measured
+from benchmarks.page import head
 from benchmarks.workload import Workload
 from xtrain.measure.trace import is_traced
 
@@ -154,16 +155,9 @@ def largest_difference(expected: Sequence[float], found: Sequence[float]) -> flo
 
 def markdown(report: Mapping[str, Any], results: Sequence[CaseResult]) -> str:
     """The page beside the JSON; `report` is what the JSON holds."""
-    machine = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     lines = [
-        f"# What xtrain costs, {report['date']}",
-        "",
-        METHOD,
-        f"- Machine: {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['platform']}; "
-        f"{report['threads']} threads",
-        f"- Versions: Python {machine['python']}, {versions}; commit {machine['git_commit']}",
-        f"- Command: `{report['command']}`; {report['rounds']} xtrain runs per case",
+        *head("What xtrain costs", METHOD, report),
+        f"- {report['rounds']} xtrain runs per case",
         f"- Bars: speed >= {SPEED_BARS['small']} on small, >= {SPEED_BARS['micro']} on micro; "
         f"memory <= {MEMORY_BAR}",
         "",

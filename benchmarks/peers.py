@@ -25,6 +25,7 @@ import psutil
 
 from benchmarks.measured import Measured
 from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
+from benchmarks.page import command_of
 from benchmarks.peers_report import Case, LaneRuns, markdown
 from benchmarks.workload import HF_FOLDER, SIZES, Workload
 from xtrain.measure.machine import environment, package_version
@@ -154,7 +155,7 @@ def main() -> int:
     facts = environment() | {"packages": {name: package_version(name) for name in PACKAGES}}
     header = {
         "date": date,
-        "command": f"python -m benchmarks.peers {' '.join(sys.argv[1:])}".rstrip(),
+        "command": command_of("peers"),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "remark": arguments.remark,

@@ -16,6 +16,7 @@ from benchmarks.overhead_report import (
     largest_difference,
     tokens_per_second,
 )
+from benchmarks.page import head
 from benchmarks.workload import Workload
 
 LaneRuns = list[tuple[str, Measured]]
@@ -150,17 +151,7 @@ def against_plain(name: str, load: Workload, plain: str, runs: LaneRuns) -> list
 
 
 def markdown(report: Mapping[str, Any], cases: Sequence[Case]) -> str:
-    machine = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    lines = [f"# xtrain beside its peers, {report['date']}", "", METHOD]
-    if report["remark"]:
-        lines += [f"**{report['remark']}**", ""]
-    lines += [
-        f"- Machine: {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['platform']}; "
-        f"{report['threads']} threads",
-        f"- Versions: Python {machine['python']}, {versions}; commit {machine['git_commit']}",
-        f"- Command: `{report['command']}`",
-    ]
+    lines = head("xtrain beside its peers", METHOD, report)
     for case in cases:
         lines += ["", *_section(case)]
     return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
+from benchmarks.page import command_of
 from benchmarks.techniques_report import MemoryResult, SpeedResult, evaluate_memory, evaluate_speed, markdown
 from benchmarks.workload import Workload
 from xtrain import registry
@@ -160,7 +161,7 @@ def main() -> int:
     date = datetime.now(UTC).date().isoformat()
     report: dict[str, Any] = {
         "date": date,
-        "command": f"python -m benchmarks.techniques {' '.join(sys.argv[1:])}".rstrip(),
+        "command": command_of("techniques"),
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "rounds": arguments.rounds,

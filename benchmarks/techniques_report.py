@@ -16,6 +16,7 @@ from benchmarks.overhead_report import (
     pairs,
     tokens_per_second,
 )
+from benchmarks.page import head
 from benchmarks.workload import Workload
 
 SAME_LOSSES = 1e-5
@@ -120,17 +121,7 @@ def markdown(
     bars: Mapping[str, float],
 ) -> str:
     """The page; `bars` says how much of other lanes the lane `judged` may take."""
-    machine = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
-    lines = [f"# What memory techniques save and cost, {report['date']}", "", METHOD]
-    if report["remark"]:
-        lines += [f"**{report['remark']}**", ""]
-    lines += [
-        f"- Machine: {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['platform']}; "
-        f"{report['threads']} threads",
-        f"- Versions: Python {machine['python']}, {versions}; commit {machine['git_commit']}",
-        f"- Command: `{report['command']}`",
-    ]
+    lines = head("What memory techniques save and cost", METHOD, report)
     if memory:
         lines += ["", *memory_table(memory), "", *memory_bars(memory, judged, bars)]
     if speed:
