@@ -17,7 +17,7 @@ def command_of(program: str) -> str:
 
 
 def head(title: str, method: str, report: Mapping[str, Any]) -> list[str]:
-    """Title, method, a remark if there is one; machine, versions and command, all from what the JSON holds."""
+    """Title, method, a remark if there is one; machine, versions and command: all of it from the JSON."""
     machine = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     remark = [f"**{report['remark']}**", ""] if report.get("remark") else []

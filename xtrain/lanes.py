@@ -157,7 +157,9 @@ def _reason(code: int, log: Path) -> str:
     if code == EXIT_INTERRUPTED:
         return f"interrupted: {said}"
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}: {said}"
+        known = {number.value for number in signal.Signals}
+        name = signal.Signals(-code).name if -code in known else f"signal {-code}"
+        return f"ended by {name}: {said}"
     return said
 
 

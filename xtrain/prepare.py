@@ -132,9 +132,11 @@ def _copy(source: Path, log: MetricsLog, step: int) -> bool:
 
 
 def run_of(resume: Path | None) -> Path:
-    """The run directory of `--resume PATH`, which may name one of its checkpoints."""
+    """The run directory of `--resume PATH`, which may name its checkpoints or one of them."""
     if resume is None:
         raise AssertionError("neither --out nor --resume: refused before")
+    if resume.name == "checkpoints":
+        return resume.parent
     return resume.parent.parent if resume.parent.name == "checkpoints" else resume
 
 

@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints.test_commands import as_json, command
+from tests.checkpoints.test_format import state
 from tests.small_runs import SPEC, run
+from xtrain.checkpoints.export import export
+from xtrain.checkpoints.format import Checkpoint, State
 from xtrain.checkpoints.inventory import newest
+from xtrain.checkpoints.writer import write
+from xtrain.errors import RequestError, RunFailed
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,27 @@ def test_an_export_that_computes_something_else_is_refused_and_leaves_nothing(
     assert result.exit_code == 1
     assert "the exported model does not compute what ours does: its outputs differ by " in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_sixteen_bits_cannot_hold_are_told_and_leave_nothing(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "checkpoints", state(3), {("large", "weight"): torch.full((2,), 1e6)})
+    with pytest.raises(RunFailed, match="large has values beyond what fp16 holds"):
+        export(checkpoint, "safetensors", "fp16", tmp_path / "flat")
+    assert not (tmp_path / "flat").exists()
+    assert export(checkpoint, "safetensors", "bf16", tmp_path / "flat").bytes
+
+
+def test_an_export_runs_no_code_that_a_checkpoint_names(out: Path, tmp_path: Path) -> None:
+    real = newest(out)
+    model = {"hf": str(tmp_path), "trust_remote_code": True}
+    forged = real.state().model_copy(update={"spec": {**real.state().spec, "model": model}})
+
+    class Forged(Checkpoint):
+        def state(self) -> State:
+            return forged
+
+    with pytest.raises(RequestError, match="code of its own"):
+        export(Forged(real.path, real.step), "hf", "fp32", tmp_path / "hf")
 
 
 def test_a_folder_that_is_there_is_not_written_into(out: Path, tmp_path: Path) -> None:

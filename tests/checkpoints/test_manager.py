@@ -217,6 +217,17 @@ def test_what_is_no_run_and_no_checkpoint_is_refused(tmp_path: Path, name: str, 
         select(tmp_path / name, hashes=False)
 
 
+def test_a_run_named_like_a_checkpoint_is_found_also_by_its_checkpoints_folder(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "step-lr"
+    write(out / "checkpoints", state(10), {})
+    for place in (out, out / "checkpoints"):
+        found = select(place, hashes=True).checkpoint
+        assert found is not None
+        assert found.step == 10
+
+
 def test_later_checkpoints_are_set_aside_and_earlier_ones_stay(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(tmp_path, state(step), {})

@@ -43,6 +43,18 @@ def test_the_degrees_always_use_every_gpu() -> None:
         assert advice.data * advice.tensor * advice.pipeline * advice.sequence == EIGHT_NODES.gpus
 
 
+def test_a_node_of_six_is_divided_whole() -> None:
+    six = dataclasses.replace(NODE, gpus_per_node=6)
+    advice = advise(dataclasses.replace(SEVEN, seq=16_384), six)
+    assert advice.sequence == 2
+    assert advice.data * advice.tensor * advice.pipeline * advice.sequence == six.gpus
+
+
+def test_tensors_and_sequences_share_a_node() -> None:
+    advice = advise(dataclasses.replace(SEVENTY, seq=65_536), EIGHT_NODES)
+    assert advice.tensor * advice.sequence <= EIGHT_NODES.gpus_per_node
+
+
 def test_smaller_devices_divide_the_model_further() -> None:
     small = dataclasses.replace(EIGHT_NODES, device_bytes=40e9)
     assert advise(SEVENTY, small).tensor * advise(SEVENTY, small).pipeline > 8

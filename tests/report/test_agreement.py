@@ -23,6 +23,8 @@ def test_a_learning_rate_one_percent_off_shows_at_the_first_step_that_it_can() -
     found = agreement(steps(lr=1.01e-3), steps(), "fp32")
     assert found.lr is not None
     assert found.lr.step == 2
+    assert found.lr.value is not None
+    assert found.lr.reference
     assert found.lr.value / found.lr.reference == pytest.approx(1.01)
     assert found.loss is not None
     assert found.loss.step == 3
@@ -49,6 +51,9 @@ def test_sixteen_bits_are_held_to_less() -> None:
     assert allowance(1, "fp32") < allowance(1, "fp16") < allowance(1, "bf16") == allowance(1, "unheard of")
 
 
-def test_steps_without_a_finite_loss_are_left_out() -> None:
-    broken = [replace(step, loss=None) for step in steps()]
-    assert agreement(broken, steps(), "fp32").loss is None
+def test_a_loss_that_is_no_number_in_one_lane_only_is_where_they_part() -> None:
+    broken = [replace(step, loss=None) if step.step >= 3 else step for step in steps()]
+    departed = agreement(broken, steps(), "fp32").loss
+    assert departed is not None
+    assert (departed.step, departed.value) == (3, None)
+    assert agreement(broken, broken, "fp32").loss is None

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from xtrain.checkpoints.format import Checkpoint, Reader
+from pydantic import ValidationError
+
+from xtrain.checkpoints.format import STATE, Checkpoint, Damaged, Reader
 from xtrain.checkpoints.tensorfile import FileLayout, TensorFile
 from xtrain.checkpoints.writer import form_of
 from xtrain.errors import RequestError, RunFailed
@@ -48,6 +50,7 @@ def export(checkpoint: Checkpoint, form: Form, dtype: Dtype, out: Path) -> Expor
     Raises RequestError when `out` holds anything or the model is not one of Hugging Face's, RunFailed when it
     cannot be written or the written model computes something else.
     """
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out} is there already; choose another --out")
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -78,7 +81,13 @@ def _write(reader: Reader, file: Path, dtype: Dtype, convert: Convert) -> None:
         for name in sorted(reader.keys("weight")):
             tensor = reader.read(name, "buffer")  # a weight too: of any dtype
             assert tensor is not None
-            yield convert(name, tensor.to(wanted) if tensor.dtype == torch.float32 else tensor)
+            yield convert(name, rounded(name, tensor) if tensor.dtype == torch.float32 else tensor)
+
+    def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        found = tensor.to(wanted)
+        if not torch.equal(torch.isfinite(found), torch.isfinite(tensor)):
+            raise RunFailed(f"{name} has values beyond what {dtype} holds; choose --dtype bf16 or fp32")
+        return found
 
     # Twice through the files, once for what stands where: nothing is kept.
     layout = FileLayout.of({name: form_of(tensor) for name, tensor in tensors()})
@@ -97,17 +106,31 @@ def _write_library_form(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> E
     """Config and weights; RunFailed when the library's model is too far from ours."""
     from xtrain.models.library import TOLERANCE, library_form
 
-    spec = Spec.model_validate(checkpoint.state().spec)
+    spec = _spec_of(checkpoint)
     form: LibraryForm = library_form(spec, _vocabulary(checkpoint.reader()))
     form.write_config(folder, TORCH_NAMES[dtype])
     _write(checkpoint.reader(), folder / WEIGHTS_FILE, dtype, form.convert)
     difference = form.difference(checkpoint.reader(), folder, TORCH_NAMES[dtype])
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # NaN too
         raise RunFailed(
             f"the exported model does not compute what ours does: its outputs differ by {difference:.1e}, "
             f"expected at most {TOLERANCE:.0e}; nothing was written. This is a fault: please report it"
         )
     return Exported(folder, 0, difference)
+
+
+def _spec_of(checkpoint: Checkpoint) -> Spec:
+    """As the checkpoint tells it, which is no reason to run what it names."""
+    try:
+        spec = Spec.model_validate(checkpoint.state().spec)
+    except ValidationError as error:
+        raise Damaged(f"{checkpoint.path / STATE} is damaged: its spec: {error.errors()[0]['msg']}") from None
+    if spec.model.trust_remote_code:
+        raise RequestError(
+            f"{checkpoint.path} is of a model with code of its own (model.trust_remote_code), which is not "
+            "run for an export; expected a model of the transformers library. Its weights: --to safetensors"
+        )
+    return spec
 
 
 def _write_universal(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> Exported:

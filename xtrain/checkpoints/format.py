@@ -261,6 +261,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is meant as one: `step-lr` may well be a run."""
+    return re.fullmatch(r"step-\d+", name) is not None
+
+
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint below `folder` that was finished, by step number, oldest first; unread."""
     if not folder.is_dir():
@@ -299,12 +304,16 @@ def _size_wrong(file: Path, facts: FileFacts) -> str:
 
 def _content(file: Path) -> bytes:
     try:
-        size = file.stat().st_size
-        if size > LARGEST_JSON_BYTES:
-            raise Damaged(f"{file} is too large: {size} bytes, at most {LARGEST_JSON_BYTES} are read")
-        return file.read_bytes()
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise Damaged(f"{file} is a link or a device; expected a file")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_JSON_BYTES + 1)  # whatever its size is said to be
     except OSError as error:
         raise _unreadable(file, error) from error
+    if len(content) > LARGEST_JSON_BYTES:
+        size = file.stat().st_size
+        raise Damaged(f"{file} is too large: {size} bytes, at most {LARGEST_JSON_BYTES} are read")
+    return content
 
 
 def _unreadable(file: Path, error: OSError) -> CheckpointError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xtrain.checkpoints.format import Checkpoint, CheckpointError, complete_checkpoints
+from xtrain.checkpoints.format import Checkpoint, CheckpointError, complete_checkpoints, is_checkpoint_name
 from xtrain.checkpoints.select import prune, select
 from xtrain.contract import JSON
 from xtrain.records.rundir import RunDirectory
@@ -41,7 +42,7 @@ def found_at(path: Path, aside: bool = True) -> list[Checkpoint]:
 
     Raises CheckpointError when there is none.
     """
-    if path.name.startswith("step-"):
+    if is_checkpoint_name(path.name):
         found = [one for one in complete_checkpoints(path.parent) if one.path.name == path.name]
     else:
         folder = checkpoints_folder(path)
@@ -86,9 +87,11 @@ def damage(checkpoint: Checkpoint) -> list[str]:
 def newest(path: Path) -> Checkpoint:
     """The checkpoint that `path` is, or the newest valid one of a run directory, every byte checked."""
     found_at(path, aside=False)
-    selected = select(path.parent if path.name == "checkpoints" else path, hashes=True).checkpoint
-    assert selected is not None
-    return selected
+    selected = select(path.parent if path.name == "checkpoints" else path, hashes=True)
+    for _, reason in selected.damaged:
+        print(f"warning: passed over: {reason}", file=sys.stderr)
+    assert selected.checkpoint is not None
+    return selected.checkpoint
 
 
 def details(checkpoint: Checkpoint) -> dict[str, JSON]:

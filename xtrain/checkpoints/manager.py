@@ -244,7 +244,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank:
         engine.restore_extras(state.extras[min(rank, len(state.extras) - 1)])
         if guards and state.guards:
             guards.restore(state.guards)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path / STATE} is damaged: extras or guards: {type(error).__name__}: {error}"
         ) from error

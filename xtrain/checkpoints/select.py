@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtrain.checkpoints.format import Checkpoint, CheckpointError, Damaged, complete_checkpoints
+from xtrain.checkpoints.format import (
+    Checkpoint,
+    CheckpointError,
+    Damaged,
+    complete_checkpoints,
+    is_checkpoint_name,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ def select(path: Path, hashes: bool) -> Selected:
     that was named is damaged, or when all are: what to train again is for people to decide then.
     """
     require_folder(path)
-    if path.name.startswith("step-"):
+    if path.name == "checkpoints":
+        path = path.parent
+    if is_checkpoint_name(path.name):
         return Selected(_named(path, hashes))
     damaged: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(complete_checkpoints(path / "checkpoints")):

@@ -121,7 +121,7 @@ def _sequence_degree(shape: Shape, cluster: Cluster) -> tuple[int, str]:
     if shape.attention_share < ATTENTION_BOUND:
         return 1, f"{share}, below {ATTENTION_BOUND:.0%}: sequences stay whole"
     degree = 1
-    while degree * 2 <= cluster.gpus_per_node and shape.seq / degree > TOKENS_PER_RANK:
+    while cluster.gpus_per_node % (2 * degree) == 0 and shape.seq / degree > TOKENS_PER_RANK:
         degree *= 2
     return degree, (
         f"{share}: use fused attention, and divide each sequence over {degree} GPUs of a node, "
@@ -146,7 +146,9 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
     for degree in _divisors(cluster.gpus // sequence):
         working = shape.params * WORKING_BYTES / degree
         if working + sharded + kept / degree <= room:
-            tensor, pipeline = _split(degree, shape, cluster)
+            tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
+            if pipeline > shape.layers:
+                continue  # a stage has a layer at the least
             node = cluster.device_bytes * cluster.gpus_per_node
             return (
                 tensor,
@@ -166,9 +168,12 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
     )
 
 
-def _split(degree: int, shape: Shape, cluster: Cluster) -> tuple[int, int]:
-    """(tensor, pipeline) whose product is `degree`: the widest tensor degree that keeps products wide."""
-    widest = min(cluster.gpus_per_node, max(1, shape.hidden // WIDTH_PER_RANK))
+def _split(degree: int, shape: Shape, of_a_node: int) -> tuple[int, int]:
+    """(tensor, pipeline) whose product is `degree`: the widest tensor degree that keeps products wide.
+
+    Within `of_a_node`, the GPUs of a node that are left.
+    """
+    widest = min(of_a_node, max(1, shape.hidden // WIDTH_PER_RANK))
     tensor = max(d for d in _divisors(degree) if d <= widest)
     return tensor, degree // tensor
 

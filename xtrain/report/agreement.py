@@ -30,8 +30,9 @@ class Departure(Part):
     """The first step at which a lane is elsewhere than the reference."""
 
     step: Natural
-    value: float
-    reference: float
+    value: float | None
+    """None: no number."""
+    reference: float | None
 
 
 class Agreement(Part):
@@ -59,9 +60,12 @@ def agreement(steps: Sequence[StepRecord], reference: Sequence[StepRecord], dtyp
         (
             Departure(step=a.step, value=a.loss, reference=b.loss)
             for a, b in pairs
-            if a.loss is not None
-            and b.loss is not None
-            and relative_difference(a.loss, b.loss) > allowance(a.step, dtype)
+            if (a.loss is None) != (b.loss is None)
+            or (
+                a.loss is not None
+                and b.loss is not None
+                and relative_difference(a.loss, b.loss) > allowance(a.step, dtype)
+            )
         ),
         None,
     )

@@ -92,11 +92,16 @@ def _agreement_of(name: str, figures: Figures, reference: str) -> list[str]:
 
 
 def _departure(found: Departure) -> str:
-    return f"step {found.step:,}: {found.value:.7g} instead of {found.reference:.7g}"
+    value, reference = (
+        "no number" if number is None else f"{number:.7g}" for number in (found.value, found.reference)
+    )
+    return f"step {found.step:,}: {value} instead of {reference}"
 
 
 def _change(found: Departure) -> str:
-    return f" ({found.value / found.reference - 1:+.2%})" if found.reference else ""
+    if found.value is None or not found.reference:
+        return ""
+    return f" ({found.value / found.reference - 1:+.2%})"
 
 
 def _why_unknown(figures: Figures) -> str:
