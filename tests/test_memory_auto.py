@@ -263,10 +263,11 @@ def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: 
         "model.layers=4",
         "model.positions=256",
         "data.seq_len=256",
-        "batch={global: 32, micro: 32}",
+        "batch={global: 64, micro: 64}",
         "train.steps=2",
     )
-    room = 320 * 2**20
+    # The plain run needs 550 MiB; what threads and arenas reserve counts too, and differs among machines.
+    room = 480 * 2**20
     assert limited(tmp_path / "plain", room, *wide, PLAIN) == 3
     assert limited(tmp_path / "auto", room, *wide) == 0
     assert limited(tmp_path / "roomy", 1 << 40, *wide, PLAIN) == 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -307,11 +308,12 @@ def _content(file: Path) -> bytes:
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise Damaged(f"{file} is a link or a device; expected a file")
         with file.open("rb") as opened:
-            content = opened.read(LARGEST_JSON_BYTES + 1)  # whatever its size is said to be
+            # Memory is taken for what is asked: of a file of 2 KiB not the largest one allowed.
+            size = os.fstat(opened.fileno()).st_size
+            content = opened.read(min(size, LARGEST_JSON_BYTES) + 1)
     except OSError as error:
         raise _unreadable(file, error) from error
     if len(content) > LARGEST_JSON_BYTES:
-        size = file.stat().st_size
         raise Damaged(f"{file} is too large: {size} bytes, at most {LARGEST_JSON_BYTES} are read")
     return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -47,8 +48,10 @@ class Watchdog:
 
     def _watch(self, limit: float) -> None:
         while not self._done.wait(min(LOOK_SECONDS, limit / 4)):
-            # For a library that waits without letting Python's threads run: this one included.
-            faulthandler.dump_traceback_later(limit + MARGIN_SECONDS, exit=True, file=sys.__stderr__ or 2)
+            # For a library that waits without letting Python's threads run: this one included. A machine
+            # with no room for one more thread does without.
+            with contextlib.suppress(RuntimeError):
+                faulthandler.dump_traceback_later(limit + MARGIN_SECONDS, exit=True, file=sys.__stderr__ or 2)
             if monotonic() - self._last > limit:
                 print(f"{self._who} stands here:\n{_stacks()}", file=sys.stderr, flush=True)
                 self._leave(
