@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import mounts
-from tests.small_runs import checkpoints, metrics, run, steps, weights
+from tests.small_runs import SPEC, checkpoints, metrics, run, steps, weights
 from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
 from xtrain.records.metrics import MetricsLog
 from xtrain.records.record import load_record
@@ -191,6 +191,43 @@ def test_other_data_is_another_training_too(tmp_path: Path) -> None:
     assert run(tmp_path, "--resume", out, "--allow-changed", **data).exit_code == 0
 
 
+TEXT = SPEC.replace("{source: synthetic, seq_len: 16, tokens: 20_000}", "{source: text, seq_len: 16}")
+
+
+def test_data_may_lie_elsewhere_as_long_as_it_is_the_same(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("some text of a few letters " * 200)
+    out = stopped(tmp_path, spec=TEXT, data__path=first)
+    first.rename(second)
+    assert run(tmp_path, "--resume", out, "--stop-after", 8, spec=TEXT, data__path=second).exit_code == 0
+    second.write_text("other text of a few letters " * 200)
+    result = run(tmp_path, "--resume", out, spec=TEXT, data__path=second)
+    assert result.exit_code == 2
+    assert "  the data itself: hash " in result.stderr
+
+
+def test_the_weights_that_a_run_began_with_are_not_needed_to_go_on(tmp_path: Path) -> None:
+    start = stopped(tmp_path, backend="cpu")
+    old = start.rename(tmp_path / "start")
+    begun: dict[str, Any] = {"backend": "cpu", "model__init_from": old}
+    whole = tmp_path / "whole"
+    assert run(tmp_path, "--out", whole, **begun).exit_code == 0
+    out = stopped(tmp_path, **begun)
+    shutil.rmtree(old)
+    assert run(tmp_path, "--resume", out, "--stop-after", 8, **begun).exit_code == 0
+    moved: dict[str, Any] = {**begun, "model__init_from": tmp_path / "elsewhere"}
+    assert run(tmp_path, "--resume", out, **moved).exit_code == 0
+    assert weights(out, 12) == weights(whole, 12)
+
+
+def test_the_weights_that_a_run_begins_with_are_needed_where_nothing_was_saved_yet(tmp_path: Path) -> None:
+    out = stopped(tmp_path, backend="cpu")
+    shutil.rmtree(out / "checkpoints")
+    result = run(tmp_path, "--resume", out, backend="cpu", model__init_from=tmp_path / "missing")
+    assert result.exit_code == 2
+    assert f"error: model.init_from: {tmp_path}/missing: not there; expected a run directory" in result.stderr
+
+
 def test_other_optimizers_and_models_are_insisted_on_without_a_traceback(tmp_path: Path) -> None:
     out = stopped(tmp_path, backend="cpu")
     before = files(out)
@@ -345,6 +382,49 @@ def test_a_resumed_run_can_be_continued_elsewhere_and_leaves_the_first_as_it_is(
     assert steps(second) == list(range(1, 15))
     assert files(first) == before
     assert run(tmp_path, "--resume", older, "--out", second).exit_code == 2
+
+
+def test_going_on_elsewhere_needs_something_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = run(tmp_path, "--resume", tmp_path / "photos", "--out", tmp_path / "second")
+    assert result.exit_code == 2
+    assert f"error: {tmp_path}/photos is not a run directory: found none of" in result.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_superseded_checkpoint_goes_on_elsewhere_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    run(tmp_path, "--resume", out / "checkpoints" / "step-00000004", "--stop-after", 5)
+    aside = out / "checkpoints" / "superseded-1" / "step-00000008"
+    result = run(tmp_path, "--resume", aside)
+    assert result.exit_code == 2
+    assert f"error: --resume {aside}: found a checkpoint outside of a run's checkpoints; it" in result.stderr
+    assert result.stderr.endswith("add --out DIR\n")
+    assert run(tmp_path, "--resume", aside, "--out", tmp_path / "second").exit_code == 0
+    assert steps(tmp_path / "second") == ALL[8:]
+
+
+@pytest.mark.parametrize(
+    ("place", "named", "reached"),
+    [
+        ("checkpoints", "step-00000004", 5),
+        ("checkpoints", ".", 7),
+        ("checkpoints/step-00000004", "..", 7),
+        ("checkpoints/step-00000004", ".", 5),
+        (".", "checkpoints/step-00000004", 5),
+        (".", "checkpoints", 7),
+        (".", ".", 7),
+    ],
+)
+def test_a_checkpoint_can_be_named_from_inside_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, named: str, reached: int
+) -> None:
+    out = stopped(tmp_path)
+    monkeypatch.chdir(out / place)
+    result = run(tmp_path, "--resume", named, "--stop-after", reached)
+    assert result.exit_code == 0, result.stderr
+    assert steps(out) == ALL[:reached]
 
 
 def test_a_continuation_elsewhere_that_is_refused_leaves_nothing(tmp_path: Path) -> None:

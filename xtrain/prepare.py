@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from xtrain.checkpoints.format import complete_checkpoints
+from xtrain.checkpoints.format import complete_checkpoints, is_checkpoint_name
 from xtrain.checkpoints.select import set_aside, set_aside_after
 from xtrain.contract import Resolved
+from xtrain.errors import RequestError
 from xtrain.fitting import TooMuch
 from xtrain.records.metrics import MetricsError, MetricsLog
 from xtrain.records.rundir import RunDirectory, write_json, write_text
@@ -89,8 +90,17 @@ def open_directory(request: Request) -> RunDirectory:
     if made := os.environ.get(RUN_DIRECTORY):
         return RunDirectory.open(Path(made))
     if request.resume and not request.out:
-        return RunDirectory.open(run_of(request.resume))
+        return _run_to_go_on(request.resume)
     return RunDirectory.create(request.out, request.spec_path.stem)
+
+
+def _run_to_go_on(resume: Path) -> RunDirectory:
+    if is_checkpoint_name(resume.name) and resume.is_dir() and resume.parent.name != "checkpoints":
+        raise RequestError(
+            f"--resume {resume}: found a checkpoint outside of a run's checkpoints; it can "
+            "only go on elsewhere: add --out DIR"
+        )
+    return RunDirectory.open(run_of(resume))
 
 
 def is_new(directory: RunDirectory, request: Request) -> bool:

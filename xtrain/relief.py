@@ -49,7 +49,7 @@ def helps_on(backend: Backend, world: int) -> Helps:
     """Whether a changed spec can be run, and its new key has something to do there."""
 
     def helps(changed: Spec, key: str) -> bool:
-        if check_spec(changed, world) or backend.problems(changed, world):
+        if check_spec(changed, world, here=False) or backend.problems(changed, world):
             return False
         return covering(key, backend.resolve(changed, world).idle) is None
 

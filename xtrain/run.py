@@ -39,7 +39,8 @@ def run(request: Request) -> int:
             with told_to_others(job):
                 processes = _processes(request, job)
                 named = None if request.backend == AUTO else registry.load(request.backend)
-                spec = load_spec(request.spec_path, request.overrides, processes, named)
+                resumes = request.resume is not None
+                spec = load_spec(request.spec_path, request.overrides, processes, named, resumes=resumes)
                 require_installed(spec.log.trackers)
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes

@@ -19,6 +19,7 @@ from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.fitting import Fitted, TooMuch, fit
 from xtrain.guards import Guards, watches
+from xtrain.host_random import seed_host
 from xtrain.launching.preflight import everyones, host_name, known, preflight, told_to_others
 from xtrain.launching.watchdog import Watchdog
 from xtrain.launching.worker import launched, leave_word
@@ -27,7 +28,15 @@ from xtrain.measure.machine import resident_bytes
 from xtrain.models.source import NotedSource, model_source
 from xtrain.plan.layout import Planned
 from xtrain.plan.predict import predict
-from xtrain.prepare import discarded_on_refusal, fill, going_on, is_new, open_directory, run_directory
+from xtrain.prepare import (
+    discarded_on_refusal,
+    fill,
+    going_on,
+    is_new,
+    open_directory,
+    run_directory,
+    run_of,
+)
 from xtrain.records.progress import Progress
 from xtrain.records.record import Status, write_record
 from xtrain.records.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
@@ -81,6 +90,7 @@ def _attempt(request: Request, given: Spec, choice: Choice, job: Job, stop: Stop
                 _less(fitted, job, directory),
             ):
                 engine = choice.backend.start(resolved, model, job)
+                seed_host(spec.train.seed + job.rank)  # as the engine has just done with torch's
                 begin = agreed(engine, begin)
                 if begin.checkpoint:
                     restore(engine, begin.checkpoint, guards, job.rank)
@@ -132,8 +142,8 @@ def _prepare(
     selected = _select(request, first)
     data = open_data(spec, show_progress=first)
     say(first, f"data {data.description}")
-    begin = find_start(selected, spec, data.content_hash, request.allow_changed)
-    model = model_source(spec, data.vocab_size)
+    model = model_source(spec, data.vocab_size, resumed=selected.checkpoint is not None)
+    begin = find_start(selected, spec, data.content_hash, model.content_hash, request.allow_changed)
     resolved = choice.backend.resolve(spec, job.world)
     for note in resolved.notes:
         say(first, f"note: {note}")
@@ -173,6 +183,8 @@ def _select(request: Request, first: bool) -> Selected:
     selected = select(request.resume, hashes=first)
     for _, reason in selected.damaged:
         say(first, f"warning: {reason}")
+    if selected.checkpoint is None:
+        RunDirectory.open(run_of(request.resume))  # a run that was not saved yet, or nothing to go on from
     return selected
 
 
@@ -225,8 +237,8 @@ class Run:
         started = perf_counter()
         with watchdog:
             ended = self._outcome_of(loop, last)
+            checkpointer.close()  # a disk may hang too
         seconds = perf_counter() - started
-        checkpointer.close()
         observer.close()
         if ended.full is not None and self.fitted and self.fitted.lower:
             self._begin_again(self.fitted, ended.full, loop)
@@ -258,6 +270,7 @@ class Run:
             self.job.rank,
             last_step=self.begin.step or None,
             best=self.begin.state.best if self.begin.state else None,
+            model_hash=self.facts.model.content_hash,
         )
 
     def _outcome_of(self, loop: Loop, last: int) -> Outcome:

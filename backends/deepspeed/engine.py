@@ -38,6 +38,7 @@ from xtrain.measure.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
+from ..step_counts import stored_counts
 from ..yardstick import matmul_peak
 from . import state
 from .construct import bound_gathering, build
@@ -214,13 +215,13 @@ class DeepSpeedEngine:
 
     def extras(self) -> dict[str, JSON]:
         return {
-            "optimizer_steps": self._shards().steps(),
+            **self._shards().step_counts().as_extras(),
             "loss_scaler": self.scaler.state() if self.scaler else None,
             "random": random_state(self.device),
         }
 
     def restore_extras(self, extras: Mapping[str, Any]) -> None:
-        self._shards().set_steps(int(extras["optimizer_steps"]))
+        self.notes = [*self.notes, *self._shards().set_step_counts(stored_counts(extras))]
         if self.scaler and extras.get("loss_scaler"):
             self.scaler.restore(extras["loss_scaler"])
         set_random_state(self.device, extras.get("random") or {})

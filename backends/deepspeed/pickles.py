@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.errors import RequestError
+from xtrain.printable import printable
 
 
 class Inert:
@@ -53,5 +54,6 @@ def load(file: Path) -> Any:
             f"{file} is refused: it holds more than tensors, numbers and what DeepSpeed puts beside them "
             f"({', '.join(sorted(ALLOWED))}). Reading it could run code that is in it. torch says: {first}"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RequestError(f"{file} cannot be read: {error}") from None
+    except Exception as error:  # whatever a pickle makes torch's reader stumble over
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise RequestError(printable(f"{file} cannot be read: {reason}")) from None

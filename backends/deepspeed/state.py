@@ -18,6 +18,8 @@ from torch import nn
 
 from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
+from ..step_counts import StepCounts, counted
+
 MOMENTS: dict[str, StateKind] = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -70,9 +72,10 @@ class Shards(ABC):
         """The same for every parameter where moments are kept by groups of them."""
         return self.moments()
 
-    def steps(self) -> int:
-        states = (self.optimizer.state[tensor] for tensor in self.flat() if tensor in self.optimizer.state)
-        return int(next((state["step"] for state in states if "step" in state), 0))
+    def step_counts(self) -> StepCounts:
+        """One for all: at each step everything is updated, what had no gradient with zeros."""
+        states = {str(n): self.optimizer.state.get(tensor, {}) for n, tensor in enumerate(self.flat())}
+        return StepCounts(counted(states).most, {})
 
     def make_moments(self, keys: list[str]) -> None:
         """Zeros for every moment in `keys`, as the optimizer would have made them at its first update."""
@@ -81,12 +84,17 @@ class Shards(ABC):
                 self.optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor))
         self.link()
 
-    def set_steps(self, steps: int) -> None:
-        """One tensor per state: a shared one would be counted up once for each (a fault in 0.19.8)."""
+    def set_step_counts(self, counts: StepCounts) -> list[str]:
+        """Returns what it cannot carry, a sentence each."""
         for tensor in self.flat():
-            state = self.optimizer.state[tensor]
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
+            self._set_step(tensor, counts.most)
+        return [_counted_together(counts)] if counts.fewer else []
+
+    def _set_step(self, tensor: torch.Tensor, count: int) -> None:
+        """One tensor per state: a shared one would be counted up once for each (a fault in 0.19.8)."""
+        state = self.optimizer.state[tensor]
+        if "exp_avg" in state:
+            state["step"] = torch.tensor(float(count), dtype=torch.float32, device=tensor.device)
 
 
 class Replicated(Shards):
@@ -95,11 +103,22 @@ class Replicated(Shards):
     replicated = True
 
     def flat(self) -> list[torch.Tensor]:
-        return [p for p in self.engine.module.parameters() if p.requires_grad]
+        return list(self._trained().values())
 
     def moments_of(self, parameter: nn.Parameter) -> list[str]:
         state = self.optimizer.state.get(parameter, {})
         return [key for key in MOMENTS if isinstance(state.get(key), torch.Tensor)]
+
+    def step_counts(self) -> StepCounts:
+        return counted({name: self.optimizer.state.get(p, {}) for name, p in self._trained().items()})
+
+    def set_step_counts(self, counts: StepCounts) -> list[str]:
+        for name, parameter in self._trained().items():
+            self._set_step(parameter, counts.of(name))
+        return []
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
 
     def piece(self, parameter: nn.Parameter, key: str | None) -> Piece:
         return 0, self._whole(parameter, key)
@@ -201,6 +220,15 @@ class Partitioned(Shards):
         yield on_drive
         if on_drive:
             self.zero._optimizer_states_and_gradient_swap_out(group)
+
+
+def _counted_together(counts: StepCounts) -> str:
+    name = min(counts.fewer)
+    return (
+        f"the checkpoint has {len(counts.fewer)} parameters that were updated fewer times than the others "
+        f"({name} {counts.of(name)} times); ZeRO counts the updates of all together: Adam's bias correction "
+        f"takes theirs for {counts.most} too"
+    )
 
 
 def shards_of(engine: Any, stage: int) -> Shards:

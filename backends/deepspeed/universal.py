@@ -92,6 +92,8 @@ def _left_out(checkpoint: Checkpoint, trained: set[str]) -> Iterator[str]:
     others = sorted(set(checkpoint.reader().keys("weight")) - trained)
     if others:
         yield f"frozen weights and buffers ({others[0]}, ...): DeepSpeed's loader takes trained weights alone"
+    if fewer := checkpoint.state().extras[0].get("optimizer_steps_of"):
+        yield f"how often {len(fewer)} parameters were updated: DeepSpeed counts for all together"  # type: ignore[arg-type]
     if checkpoint.state().extras[0].get("loss_scaler"):
         yield "the loss scale: DeepSpeed's loader begins with a new one"
     yield "random states, guards and the position in the data: xtrain's own"

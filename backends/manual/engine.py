@@ -31,6 +31,7 @@ from xtrain.measure.matmul import MatmulPeak
 from xtrain.spec.tree import Spec
 from xtrain.techniques.compiled import FirstStep, uncompiled
 
+from ..step_counts import stored_counts
 from ..yardstick import matmul_peak
 from . import state
 from .activations import activations_on_host
@@ -162,13 +163,13 @@ class ManualEngine:
 
     def extras(self) -> dict[str, JSON]:
         return {
-            "optimizer_steps": state.optimizer_steps(self.optimizer),
+            **state.step_counts(self.weights, self.optimizer).as_extras(),
             "loss_scaler": self.scaler.state() if self.scaler else None,
             "random": {key: text for one in self.devices for key, text in one.random_state().items()},
         }
 
     def restore_extras(self, extras: Mapping[str, Any]) -> None:
-        state.set_optimizer_steps(self.optimizer, int(extras["optimizer_steps"]))
+        state.set_step_counts(self.weights, self.optimizer, stored_counts(extras))
         if self.scaler and extras.get("loss_scaler"):
             self.scaler.restore(extras["loss_scaler"])
         for device in self.devices:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
+from ..step_counts import StepCounts, counted
 from .weights import Weights
 
 MOMENTS: dict[str, StateKind] = {
@@ -60,18 +62,22 @@ def import_state(
     weights.publish()
 
 
-def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+def step_counts(weights: Weights, optimizer: torch.optim.Optimizer) -> StepCounts:
     """Updates made so far, as Adam's bias correction counts them (skipped ones are not counted)."""
-    steps = (state["step"] for state in optimizer.state.values() if "step" in state)
-    return int(next(steps, 0))
+    return counted(_states(weights, optimizer))
 
 
-def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+def set_step_counts(weights: Weights, optimizer: torch.optim.Optimizer, counts: StepCounts) -> None:
     """The count beside each parameter's moments, as torch's AdamW keeps it: one fp32 number a tensor."""
-    for parameter, state in optimizer.state.items():
+    for name, state in _states(weights, optimizer).items():
         if "exp_avg" in state:
-            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+            device = weights.updated[name].device if optimizer.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(counts.of(name)), dtype=torch.float32, device=device)
+
+
+def _states(weights: Weights, optimizer: torch.optim.Optimizer) -> Mapping[str, dict[str, Any]]:
+    """By parameter name."""
+    return {name: optimizer.state[updated] for name, updated in weights.updated.items()}
 
 
 def _set_moments(

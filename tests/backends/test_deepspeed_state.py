@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from backends.deepspeed.state import Shards, export_state, import_state, shards_of, state_layout
+from backends.step_counts import StepCounts
 from xtrain.contract import StateKey, StateKind
 
 State = dict[StateKey, torch.Tensor]
@@ -50,6 +51,31 @@ def test_a_parameter_that_was_never_updated_travels_without_moments() -> None:
     found = exported(after)
     assert all(torch.equal(found[key], value) for key, value in state.items())
     assert not found["unused.weight", "exp_avg"].any()
+
+
+def test_without_zero_updates_are_counted_for_each_parameter() -> None:
+    before, after = shards(2), shards(0)
+    counts = before.step_counts()
+    assert counts == StepCounts(2, {"unused.weight": 0, "unused.bias": 0})
+    import_state(after, Stored(exported(before)))
+    assert after.set_step_counts(counts) == []
+    assert after.step_counts() == counts
+
+
+def test_zero_counts_for_all_together_and_says_what_it_cannot_carry() -> None:
+    flat = torch.zeros(4, requires_grad=True)
+    optimizer = torch.optim.AdamW([flat])
+    flat.sum().backward()
+    optimizer.step()
+    zero = SimpleNamespace(optimizer=optimizer, single_partition_of_fp32_groups=[flat])
+    one = shards_of(SimpleNamespace(optimizer=zero), stage=1)
+    assert one.step_counts() == StepCounts(1, {})
+    (said,) = one.set_step_counts(StepCounts(7, {"b": 5, "a": 3}))
+    assert said.startswith(
+        "the checkpoint has 2 parameters that were updated fewer times than the others (a 3"
+    )
+    assert one.step_counts() == StepCounts(7, {})
+    assert one.set_step_counts(StepCounts(7, {})) == []
 
 
 def test_half_of_a_parameters_moments_is_refused() -> None:

@@ -11,8 +11,9 @@ from torch import nn
 
 from backends.manual.optimizer import build_optimizer
 from backends.manual.precision import round_weights
-from backends.manual.state import export_state, import_state, optimizer_steps, set_optimizer_steps
+from backends.manual.state import export_state, import_state, set_step_counts, step_counts
 from backends.manual.weights import Weights
+from backends.step_counts import StepCounts, stored_counts
 from xtrain.contract import StateKind
 from xtrain.spec.tree import SGD, AdamW, Optimizer, Precision
 
@@ -74,13 +75,26 @@ class Training:
             self.weights.clear_gradients()
         return self
 
+    def update_vector(self) -> Training:
+        """A step at which the matrix has no gradient."""
+        self.model.vector.float().sum().backward()
+        self.weights.gradients()
+        self.optimizer.step()
+        self.weights.publish()
+        self.weights.clear_gradients()
+        return self
+
     def state(self) -> State:
         exported = export_state(self.model, self.weights, self.optimizer)
         return {(piece.name, piece.kind): piece.value.clone() for piece in exported}
 
-    def load(self, state: State, steps: int) -> Training:
+    def counts(self) -> StepCounts:
+        return step_counts(self.weights, self.optimizer)
+
+    def load(self, state: State, steps: int | StepCounts) -> Training:
+        counts = StepCounts(steps, {}) if isinstance(steps, int) else steps
         import_state(self.model, self.weights, self.optimizer, Stored(state))
-        set_optimizer_steps(self.optimizer, steps)
+        set_step_counts(self.weights, self.optimizer, counts)
         return self
 
 
@@ -95,11 +109,46 @@ def assert_equal(found: State, expected: State) -> None:
 @pytest.mark.parametrize("precision", [FP32, BF16_WEIGHTS], ids=["fp32", "bf16 weights"])
 def test_what_is_brought_back_goes_on_bit_for_bit(section: Optimizer, precision: Precision) -> None:
     first = Training(section, 1, precision).update(3)
-    second = Training(section, 2, precision).load(first.state(), optimizer_steps(first.optimizer))
+    second = Training(section, 2, precision).load(first.state(), first.counts())
     assert_equal(second.state(), first.state())
     assert_equal(second.update(2).state(), first.update(2).state())
     for mine, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16_WEIGHTS], ids=["fp32", "bf16 weights"])
+def test_a_parameter_without_a_gradient_at_times_goes_on_bit_for_bit(precision: Precision) -> None:
+    first = Training(ADAMW, 1, precision).update(2).update_vector()
+    extras = first.counts().as_extras()
+    assert extras == {"optimizer_steps": 3, "optimizer_steps_of": {"matrix": 2}}
+    second = Training(ADAMW, 2, precision).load(first.state(), stored_counts(extras))
+    third = Training(ADAMW, 2, precision).load(first.state(), 3)  # as if the counts were one
+    expected = first.update(2).state()
+    assert_equal(second.update(2).state(), expected)
+    assert not torch.equal(third.update(2).state()["matrix", "weight"], expected["matrix", "weight"])
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_updates() -> None:
+    first = Training(ADAMW, 1).update_vector()
+    assert first.counts() == StepCounts(1, {"matrix": 0})
+    second = Training(ADAMW, 2).load(first.state(), first.counts())
+    assert_equal(second.update(2).state(), first.update(2).state())
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"optimizer_steps": "3"},
+        {"optimizer_steps": -1},
+        {"optimizer_steps": True},
+        {"optimizer_steps": 3, "optimizer_steps_of": {"matrix": 4}},
+        {"optimizer_steps": 3, "optimizer_steps_of": {"matrix": 1.5}},
+        {"optimizer_steps": 3, "optimizer_steps_of": ["matrix"]},
+    ],
+)
+def test_counts_that_are_none_are_refused(extras: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"found .*, expected "):
+        stored_counts(extras)
 
 
 def test_the_state_is_whole_and_fp32_and_frozen_parameters_have_no_moments() -> None:

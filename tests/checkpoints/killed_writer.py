@@ -75,31 +75,31 @@ class Events:
         setattr(Path, "write_bytes", twice)  # noqa: B010
 
 
-def tensors(step: int) -> Tensors:
-    """All of them filled with the step, so that a torn mixture would be seen."""
-    value = torch.full((ELEMENTS,), float(step))
+def tensors(filled: int) -> Tensors:
+    """All of them filled with one number, so that a torn mixture would be seen."""
+    value = torch.full((ELEMENTS,), float(filled))
     kinds: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
     return {(name, kind): value for name in "abc" for kind in kinds} | {("n", "buffer"): value.int()}
 
 
-def pieces(rank: int, step: int) -> Iterator[StatePiece]:
+def pieces(rank: int, filled: int) -> Iterator[StatePiece]:
     """Half of each tensor on each of two ranks."""
     half = ELEMENTS // 2
-    for (name, kind), whole in tensors(step).items():
+    for (name, kind), whole in tensors(filled).items():
         yield StatePiece(name, kind, whole[rank * half :][:half], rank * half)
 
 
-def save_of_two_ranks(folder: Path, step: int) -> None:
+def save_of_two_ranks(folder: Path, step: int, filled: int) -> None:
     """What two processes do, one after the other, so that a kill hits both at a known moment."""
-    plan = plan_files({key: form_of(tensor) for key, tensor in tensors(step).items()}, 2)
+    plan = plan_files({key: form_of(tensor) for key, tensor in tensors(filled).items()}, 2)
     partial = begin(folder, step)
     facts = state(step, world=2, extras=[{}, {}])
     first, second = (
         Save(partial, plan, rank, 2, facts if rank == 0 else None, lambda: None, lambda: None)
         for rank in (0, 1)
     )
-    assert first.write(pieces(0, step)) is None
-    assert second.write(pieces(1, step)) is None
+    assert first.write(pieces(0, filled)) is None
+    assert second.write(pieces(1, filled)) is None
     assert first.finish() is None
     assert second.finish() is None
     assert first.commit() is None
@@ -117,5 +117,16 @@ def save_and_die(folder: Path, steps: int, kill_event: int) -> int:
     events.inside_of_writes()
     for step in range(1, steps + 1):
         events.armed = step == steps
-        save_of_two_ranks(folder, step)
+        save_of_two_ranks(folder, step, filled=step)
+    return events.count
+
+
+def replace_and_die(folder: Path, step: int, kill_event: int) -> int:
+    """Save a step twice, filled with 1 and then 2, and die before that event of the change; the same."""
+    events = Events(kill_event)
+    save_of_two_ranks(folder, step, filled=1)
+    events.before(Path, "rename")
+    events.before(shutil, "rmtree")
+    events.armed = True
+    save_of_two_ranks(folder, step, filled=2)
     return events.count

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
+from tests.checkpoints.test_format import state
 from tests.small_runs import checkpoints, run
 from xtrain.cli import main
 
@@ -84,6 +87,28 @@ def test_verify_names_every_damaged_file(out: Path) -> None:
     assert command("verify", out / "checkpoints" / "step-00000008").stderr.splitlines() == [
         f"{path} is damaged: its hash does not fit" for path in wrong
     ]
+
+
+def test_verify_says_of_the_first_format_that_its_values_cannot_be_verified(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    save_file({"a.weight": torch.ones(2)}, folder / "weights.safetensors")
+    save_file({"exp_avg/a.weight": torch.zeros(2)}, folder / "moments.safetensors")
+    content = {**state(4).model_dump(mode="json"), "format_version": 1}
+    (folder / "state.json").write_text(json.dumps(content))
+    result = command("verify", tmp_path)
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"{folder}: all there, and its values cannot be verified: format version 1 has no hashes\n",
+    )
+
+
+def test_a_checkpoint_is_looked_at_from_inside_of_its_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out / "checkpoints" / "step-00000008")
+    assert [one["step"] for one in as_json("ls", ".")] == [8]
+    assert [one["step"] for one in as_json("ls", "..")] == [4, 8, 12]
+    assert [one["step"] for one in as_json("ls", "../..")] == [4, 8, 12]
+    assert as_json("show", "../step-00000004")["step"] == 4
 
 
 def test_prune_keeps_the_newest_and_what_was_kept_aside(out: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tests.small_runs import SPEC, checkpoints, run, steps
+from tests.small_runs import SPEC, checkpoints, run, steps, weights
 from xtrain.checkpoints.foreign import matched
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.cli import main
@@ -218,4 +218,10 @@ def test_a_folder_of_hugging_faces_form_becomes_step_0(tmp_path: Path) -> None:
     assert found is not None
     assert torch.equal(found, stored)
     assert after.reader().keys("exp_avg") == []
-    assert run(tmp_path, "--resume", tmp_path / "new", backend="cpu").exit_code == 0
+    for reached in (5, 12):
+        leg = ("--resume", tmp_path / "new", "--stop-after", reached)
+        assert run(tmp_path, *leg, backend="cpu").exit_code == 0
+    from_weights = tmp_path / "from_weights"
+    options: dict[str, Any] = {"backend": "cpu", "model__init_from": tmp_path / "hf"}
+    assert run(tmp_path, "--out", from_weights, **options).exit_code == 0
+    assert weights(tmp_path / "new", 12) == weights(from_weights, 12)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -271,6 +272,34 @@ def test_an_index_that_promises_what_is_not_there_is_named(
     checkpoint = write(tmp_path, state(4), TENSORS)
     with pytest.raises(Damaged, match=message):
         forged(checkpoint, MODEL_INDEX, {"weight_map": weight_map}).check(hashes=True)
+
+
+@pytest.mark.parametrize("file", [STATE, MODEL_INDEX, OPTIMIZER_INDEX])
+def test_a_manifest_that_lists_less_than_a_checkpoint_has_is_damaged(tmp_path: Path, file: str) -> None:
+    checkpoint = write(tmp_path, state(4), TENSORS)
+    listed = json.loads((checkpoint.path / MANIFEST).read_text())["files"]
+    del listed[file]
+    shorter = forged(checkpoint, MANIFEST, {"files": listed})
+    with pytest.raises(Damaged, match=rf"manifest.json is damaged: it does not list {file}"):
+        shorter.check(hashes=False)
+
+
+def test_one_that_made_room_for_a_new_one_that_never_came_is_found_and_put_back(tmp_path: Path) -> None:
+    write(tmp_path, state(4), TENSORS)
+    write(tmp_path, state(8), TENSORS)
+    (tmp_path / "step-00000008").rename(tmp_path / ".step-00000008.replaced")
+    (tmp_path / ".step-00000008.77").mkdir()  # the new one
+    assert [one.step for one in complete_checkpoints(tmp_path)] == [4, 8]
+    complete_checkpoints(tmp_path)[1].check(hashes=True)
+    write(tmp_path, state(9), TENSORS)
+    assert folders(tmp_path) == ["step-00000004", "step-00000008", "step-00000009"]
+
+
+def test_one_that_made_room_goes_where_the_new_one_came(tmp_path: Path) -> None:
+    shutil.copytree(write(tmp_path, state(8), {}).path, tmp_path / ".step-00000008.replaced")
+    write(tmp_path, state(8), TENSORS)
+    assert folders(tmp_path) == ["step-00000008"]
+    assert complete_checkpoints(tmp_path)[0].reader().read("a.weight", "weight") is not None
 
 
 def test_a_weight_that_is_not_fp32_is_refused_unread(tmp_path: Path) -> None:

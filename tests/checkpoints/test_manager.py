@@ -9,6 +9,7 @@ import pytest
 from tests.checkpoints.test_format import state
 from xtrain import registry
 from xtrain.checkpoints import manager, saving
+from xtrain.checkpoints import select as selecting
 from xtrain.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, Damaged, complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer
 from xtrain.checkpoints.select import select, set_aside_after
@@ -109,6 +110,23 @@ def broken_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAILED = "checkpoint {} was not saved: No space left on device"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_old_one_that_cannot_be_deleted_is_told_and_the_new_one_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(checkpoint.path))
+
+    saver = Saver(tmp_path, keep=1, on_error="stop")
+    saver.save(5)
+    monkeypatch.setattr(selecting, "remove", refuse)
+    saver.save(6, last=last)
+    assert saver.said == [
+        f"warning: an older checkpoint could not be deleted: {tmp_path}/step-00000005: Permission denied"
+    ]
+    assert found(tmp_path) == [5, 6]
 
 
 @pytest.mark.usefixtures("broken_disk")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from xtrain.checkpoints.select import select
 from xtrain.cli import main
 from xtrain.errors import RequestError
-from xtrain.models.source import model_source
+from xtrain.models.source import PresetSource, model_source
 from xtrain.spec.tree import Spec
 
 VOCABULARY = 257
@@ -112,6 +113,62 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert str(refused.value) == (
         f"model.init_from: found {folder} with head.norm.weight (5,), expected (16,); no head.norm.bias; "
         "expected weights for every parameter: name a checkpoint of this kind and size of model"
+    )
+
+
+def test_what_is_no_weight_is_named(tmp_path: Path) -> None:
+    weights = other_weights()
+    weights["head.norm.weight"] = torch.ones(16, dtype=torch.int8)
+    with pytest.raises(RequestError, match=r"with head.norm.weight of dtype I8, expected float32; expected"):
+        built(library_folder(tmp_path / "stored", weights))
+
+
+def test_misfits_are_told_before_the_model_takes_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PresetSource) -> torch.nn.Module:
+        raise AssertionError("built")
+
+    folder = library_folder(tmp_path / "stored", other_weights())
+    monkeypatch.setattr(PresetSource, "build", fail)
+    with pytest.raises(RequestError, match=r"expected \(257, 24\)"):
+        built(folder, hidden=24)
+
+
+BUFFERED = """\
+import torch
+class Buffered(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("mask", torch.zeros(2), persistent=False)
+build = Buffered
+"""
+
+
+def test_buffers_that_a_state_dict_has_are_taken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "buffered_factory.py").write_text(BUFFERED)
+    monkeypatch.syspath_prepend(tmp_path)
+    factory: dict[str, Any] = dict.fromkeys(SPEC["model"]) | {"factory": "buffered_factory:build"}
+    stored = {"weight": torch.ones(3, 2), "bias": torch.ones(3), "mask": torch.ones(2)}
+    folder = library_folder(tmp_path / "stored", {**stored, "seen": torch.tensor([3, 4])})
+    model = built(folder, **factory)
+    assert model.get_buffer("model.seen").tolist() == [3, 4]
+    assert model.get_buffer("model.mask").tolist() == [0.0, 0.0]
+    shutil.rmtree(folder)
+    with pytest.raises(RequestError, match=r"with model.seen \(3,\), expected \(2,\)"):
+        built(library_folder(folder, {**stored, "seen": torch.tensor([3, 4, 5])}), **factory)
+    shutil.rmtree(folder)
+    assert built(library_folder(folder, stored), **factory).get_buffer("model.seen").tolist() == [0, 0]
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_is_said(tmp_path: Path) -> None:
+    run(tmp_path, "first", "--set", "checkpoint.every_steps=1")
+    (tmp_path / "first" / "checkpoints" / "step-00000002" / "state.json").unlink()
+    said = run(tmp_path, "second", "--set", f"model.init_from={tmp_path / 'first'}")
+    assert (
+        f"note: model.init_from: passed over: {tmp_path}/first/checkpoints/step-00000002/state.json is"
+        in said
     )
 
 

@@ -109,7 +109,7 @@ def import_state(folder: Path, form: Form, spec: Spec, out: Path) -> ImportedSta
     source = model_source(_starting_from(spec, folder) if form == "hf" else spec, data.vocab_size)
     model = source.skeleton() if isinstance(source, PiecewiseSource) else source.build()
     found = BuiltState(model) if form == "hf" else keeper_of(form, writes=False).open_state(folder, form)
-    tensors = Tensors(model, found, spec)
+    tensors = Tensors(model, found, spec, folder)
     layout = tensors.layout()
     directory = RunDirectory.create(out, folder.name)
     state = _state(found, form, spec, data.content_hash)
@@ -164,9 +164,10 @@ class BuiltState:
 class Tensors:
     """What a model needs of a foreign state, in our names and shapes; RequestError names what is missing."""
 
-    def __init__(self, model: nn.Module, found: ForeignState, spec: Spec) -> None:
+    def __init__(self, model: nn.Module, found: ForeignState, spec: Spec, folder: Path) -> None:
         self.model = model
         self.found = found
+        self.folder = folder
         self.notes: list[str] = []
         kept: tuple[StateKind, ...] = (
             ("exp_avg", "exp_avg_sq") if isinstance(spec.optimizer, AdamW) else ("momentum",)
@@ -174,11 +175,12 @@ class Tensors:
         self.parameters = dict(model.named_parameters())
         self.theirs = matched(list(self.parameters), found.names())
         trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
-        has = [kind for kind in kept if found.read(self.theirs(trained[0]), kind) is not None]
-        self.moments = dict.fromkeys(trained, has)
-        if not has and found.step:
+        lacking = [name for name in trained if found.read(self.theirs(name), kept[0]) is None]
+        self.moments = {name: () if name in lacking else kept for name in trained}
+        if lacking and found.step:
+            which = "" if lacking == trained else f" for {', '.join(lacking[:SHOWN])} ({len(lacking)} in all)"
             self.notes.append(
-                f"it has no {kept[0]} of {spec.optimizer.name}: the optimizer begins its own moments"
+                f"it has no {kept[0]} of {spec.optimizer.name}{which}: the optimizer begins its own moments"
             )
 
     def layout(self) -> dict[StateKey, StateForm]:
@@ -187,23 +189,21 @@ class Tensors:
 
     def pieces(self) -> Iterator[StatePiece]:
         for name, parameter in self.parameters.items():
-            kinds: list[StateKind] = ["weight", *self.moments.get(name, [])]
+            kinds: list[StateKind] = ["weight", *self.moments.get(name, ())]
             for kind in kinds:
                 stored = self.found.read(self.theirs(name), kind)
-                yield StatePiece(name, kind, _fitting(stored, parameter, f"{kind} of {name}").float())
+                yield StatePiece(name, kind, self._fitting(stored, parameter, f"{kind} of {name}").float())
         for name, buffer in self.model.named_buffers():
             stored = self.found.read(self.theirs(name), "buffer")
             own = buffer if stored is None and not buffer.is_meta else stored
-            yield StatePiece(name, "buffer", _fitting(own, buffer, f"buffer {name}").to(buffer.dtype))
+            yield StatePiece(name, "buffer", self._fitting(own, buffer, f"buffer {name}").to(buffer.dtype))
 
-
-def _fitting(stored: torch.Tensor | None, wanted: torch.Tensor, what: str) -> torch.Tensor:
-    if stored is None:
-        raise RequestError(f"it has no {what}")
-    flat = stored.ndim == 1 and stored.numel() == wanted.numel()
-    if not flat and stored.shape != wanted.shape:
-        raise RequestError(f"{what}: found {tuple(stored.shape)}, expected {tuple(wanted.shape)}")
-    return stored.detach().reshape(wanted.shape)
+    def _fitting(self, stored: torch.Tensor | None, wanted: torch.Tensor, what: str) -> torch.Tensor:
+        flat = stored is not None and stored.ndim == 1 and stored.numel() == wanted.numel()
+        if stored is None or (not flat and stored.shape != wanted.shape):
+            found = "nothing" if stored is None else tuple(stored.shape)
+            raise RequestError(f"{self.folder}: {what}: found {found}, expected {tuple(wanted.shape)}")
+        return stored.detach().reshape(wanted.shape)
 
 
 def matched(ours: Sequence[str], theirs: Iterable[str]) -> Callable[[str], str]:

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MODEL_INDEX, OPTIMIZER_INDEX = "model.safetensors.index.json", "optimizer.safetensors.index.json"
 STATE, MANIFEST = "state.json", "manifest.json"
+ALWAYS = (STATE, MODEL_INDEX, OPTIMIZER_INDEX)
+"""What every manifest lists; the tensors' files are those of the indexes."""
 VERSION_1_WEIGHTS, VERSION_1_MOMENTS = "weights.safetensors", "moments.safetensors"
 LARGEST_JSON_BYTES = 64 << 20
 _HASHED_AT_ONCE = 4
 """Files; hashing leaves the interpreter free."""
-_NAME = re.compile(r"step-(\d{8,12})")
+_NAME = re.compile(r"step-(\d{8,12})|\.step-(\d{8,12})\.replaced")
 
 FileName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$")]
 """Never a path."""
@@ -74,6 +76,8 @@ class State(_Document):
     extras: list[dict[str, JsonValue]] = Field(min_length=1)
     """Engine.extras of each rank."""
     data_hash: str
+    model_hash: str | None = None
+    """Of the config of a model that another library builds: its name says only where that was."""
     best: tuple[int, float] | None = None
     """Step and eval_loss of the best checkpoint so far, where checkpoint.best asked for it."""
     spec: dict[str, JsonValue]
@@ -127,7 +131,10 @@ class Checkpoint:
                 f"{file} has format version {content.get('format_version')}; this xtrain reads 1 and "
                 f"{FORMAT_VERSION}: use the xtrain that wrote it, or a newer one"
             )
-        return _checked(file, Manifest, data)
+        manifest = _checked(file, Manifest, data)
+        if missing := [name for name in ALWAYS if name not in manifest.files]:
+            raise Damaged(f"{file} is damaged: it does not list {', '.join(missing)}")
+        return manifest
 
     def state(self) -> State:
         """The checked state.json."""
@@ -267,12 +274,27 @@ def is_checkpoint_name(name: str) -> bool:
     return re.fullmatch(r"step-\d+", name) is not None
 
 
+def replaced_name(step: int) -> str:
+    """Of a checkpoint that makes room for a new one of the same step."""
+    return f".{folder_name(step)}.replaced"
+
+
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint below `folder` that was finished, by step number, oldest first; unread."""
+    """Every checkpoint below `folder` that was finished, by step number, oldest first; unread.
+
+    One that made room is among them where its writer died before the new one had its name.
+    """
     if not folder.is_dir():
         return []
     found = ((path, _NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir())
-    return sorted((Checkpoint(p, int(m[1])) for p, m in found if m), key=lambda c: c.step)
+    by_step: dict[int, Path] = {}
+    for path, match in found:
+        if match is None:
+            continue
+        step = int(match[1] or match[2])
+        if match[1] or step not in by_step:
+            by_step[step] = path
+    return [Checkpoint(path, step) for step, path in sorted(by_step.items())]
 
 
 def manifest_bytes(content: Mapping[str, Any]) -> bytes:

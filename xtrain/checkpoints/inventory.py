@@ -84,6 +84,11 @@ def damage(checkpoint: Checkpoint) -> list[str]:
     return []
 
 
+def has_hashes(checkpoint: Checkpoint) -> bool:
+    """Whether contents can be checked at all: the first format had no hashes."""
+    return all(facts.sha256 for facts in checkpoint.manifest.files.values())
+
+
 def newest(path: Path) -> Checkpoint:
     """The checkpoint that `path` is, or the newest valid one of a run directory, every byte checked."""
     found_at(path, aside=False)

@@ -25,6 +25,7 @@ from xtrain.checkpoints.writer import begin
 from xtrain.contract import Engine, Resolved, StateKind, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
+from xtrain.host_random import host_random_state, restore_host_random
 from xtrain.measure.machine import RECORDED_PACKAGES, package_version
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
@@ -61,6 +62,7 @@ class Checkpointer:
     last_seconds: float = 0.0
     best: tuple[int, float] | None = None
     """Step and eval_loss of the lowest so far; the same on every rank."""
+    model_hash: str | None = None
     buffers: HostBuffers = field(default_factory=HostBuffers)
     writing: Writing | None = None
     """The save that is under way in the background."""
@@ -130,7 +132,8 @@ class Checkpointer:
     def _save(self, engine: Engine, done: int) -> None:
         plan = self._plan(engine)
         pieces = engine.export_state(plan.owners.__getitem__)
-        answers: list[Any] = engine.gather([*self._open(done), engine.extras()])
+        extras = {**engine.extras(), "host_random": host_random_state()}
+        answers: list[Any] = engine.gather([*self._open(done), extras])
         partial, problem, _ = answers[0]
         if problem is not None:
             raise _NotSaved(*problem)
@@ -170,6 +173,7 @@ class Checkpointer:
             guards=self.guards.state() if self.guards else None,  # type: ignore[arg-type]
             extras=extras,
             data_hash=self.data_hash,
+            model_hash=self.model_hash,
             best=self.best,
             spec=dump_spec(self.resolved.spec),
             versions={name: package_version(name) for name in RECORDED_PACKAGES},
@@ -228,8 +232,13 @@ class Checkpointer:
         self.say(f"warning: {failure}; {failure.earlier}, training goes on")
 
     def _prune(self, best_step: int | None) -> None:
+        """What cannot be deleted is told, and no reason to call the new one unsaved."""
         assert self.folder is not None
-        prune(self.folder, self.section.keep, best_step)
+        try:
+            prune(self.folder, self.section.keep, best_step)
+        except OSError as error:
+            reason = f"{error.filename or self.folder}: {error.strerror or error}"
+            self.say(f"warning: an older checkpoint could not be deleted: {reason}")
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank: int) -> int:
@@ -241,7 +250,10 @@ def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank:
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
     try:
-        engine.restore_extras(state.extras[min(rank, len(state.extras) - 1)])
+        extras = state.extras[min(rank, len(state.extras) - 1)]
+        engine.restore_extras(extras)
+        own_random: Any = extras.get("host_random") or {}  # checkpoints before it have none
+        restore_host_random(own_random)
         if guards and state.guards:
             guards.restore(state.guards)
     except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from xtrain.checkpoints.format import (
     CheckpointError,
     Damaged,
     complete_checkpoints,
+    folder_name,
     is_checkpoint_name,
 )
 
@@ -70,7 +71,9 @@ def _named(path: Path, hashes: bool) -> Checkpoint:
         found[0].check(hashes)
     except Damaged as error:
         earlier = [one for one in all_there if one.step < found[0].step]
-        hint = f"; the one before it: --resume {earlier[-1].path}" if earlier else "; there is none before it"
+        elsewhere = "" if path.parent.name == "checkpoints" else " --out DIR"
+        named = f"; the one before it: --resume {earlier[-1].path}{elsewhere}" if earlier else ""
+        hint = named or "; there is none before it"
         raise Damaged(f"{error}{hint}") from error
     return found[0]
 
@@ -93,7 +96,7 @@ def set_aside(checkpoints: Sequence[Checkpoint], why: str) -> Path | None:
         number += 1
     aside.mkdir()
     for checkpoint in checkpoints:
-        checkpoint.path.rename(aside / checkpoint.path.name)
+        checkpoint.path.rename(aside / folder_name(checkpoint.step))
     return aside
 
 
@@ -113,7 +116,7 @@ def remove(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint; one that was deleted halfway no longer has a checkpoint's name."""
     import shutil
 
-    doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.removed")
+    doomed = checkpoint.path.with_name(f".{folder_name(checkpoint.step)}.removed")
     checkpoint.path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -25,14 +25,17 @@ from xtrain.checkpoints.format import (
     STATE,
     Checkpoint,
     State,
+    complete_checkpoints,
     folder_name,
     key_of,
     manifest_bytes,
+    replaced_name,
     sha256,
 )
 from xtrain.checkpoints.shares import Family, Plan, plan_files
 from xtrain.checkpoints.tensorfile import TensorFile
 from xtrain.contract import JSON, StateForm, StateKey, StatePiece
+from xtrain.durable import sync
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +50,15 @@ _INDEXES: dict[Family, str] = {"model": MODEL_INDEX, "optimizer": OPTIMIZER_INDE
 
 
 def begin(folder: Path, step: int) -> Path:
-    """A new folder to write into, below `folder`. Leftovers of writers that died are removed."""
+    """A new folder to write into, below `folder`. Leftovers of writers that died are removed.
+
+    One may have died after it moved a checkpoint out of the way of a new one, before that had its name: then
+    the old one gets its name back.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for moved in complete_checkpoints(folder):
+        if moved.path.name == replaced_name(moved.step):
+            moved.path.rename(folder / folder_name(moved.step))
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder / f".{folder_name(step)}.{os.getpid()}"
@@ -93,7 +103,7 @@ def finish_files(partial: Path, plan: Plan, rank: int, written: Sequence[Written
 def commit(partial: Path, state: State, plan: Plan, finished: Sequence[FileFacts]) -> Checkpoint:
     """Make a checkpoint of what the ranks wrote. A complete one of the same step is replaced."""
     final = partial.with_name(folder_name(state.step))
-    replaced = partial.with_name(f".{final.name}.replaced")
+    replaced = partial.with_name(replaced_name(state.step))
     files: dict[str, JSON] = {name: facts for by_rank in finished for name, facts in by_rank.items()}
     for family, name in _INDEXES.items():
         own = [file for file in plan.files if file.family == family]
@@ -151,15 +161,6 @@ def synced(file: Path) -> dict[str, int | str]:
     """Its size and hash, read back, once its content is on the disk."""
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
-def sync(path: Path) -> None:
-    """Return once a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(file: Path, content: bytes) -> dict[str, int | str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from xtrain.cli.options import JSON
+from xtrain.cli.options import JSON, with_folders_above
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
 
-PATH = click.argument("path", type=click.Path(path_type=Path))
+UNVERIFIED = "all there, and its values cannot be verified: format version 1 has no hashes"
+PATH = click.argument("path", type=click.Path(path_type=Path), callback=with_folders_above)
 
 
 @click.group()
@@ -64,15 +65,18 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
 @JSON
 def verify(path: Path, as_json: bool) -> None:
     """Hold every byte at PATH against the hashes; exit code 1 when something is damaged."""
-    from xtrain.checkpoints.inventory import damage, found_at
+    from xtrain.checkpoints.inventory import damage, found_at, has_hashes
 
-    found = {one.path: damage(one) for one in found_at(path, aside=False)}
+    found = [(one, damage(one)) for one in found_at(path, aside=False)]
     if as_json:
-        click.echo(json.dumps({str(one): wrong for one, wrong in found.items()}, indent=2))
+        click.echo(json.dumps({str(one.path): wrong for one, wrong in found}, indent=2))
     else:
-        for one, wrong in found.items():
-            click.echo("\n".join(wrong) if wrong else f"{one}: whole", err=bool(wrong))
-    raise SystemExit(EXIT_FAILED if any(found.values()) else EXIT_DONE)
+        for one, wrong in found:
+            if wrong:
+                click.echo("\n".join(wrong), err=True)
+            else:
+                click.echo(f"{one.path}: {'whole' if has_hashes(one) else UNVERIFIED}")
+    raise SystemExit(EXIT_FAILED if any(wrong for _, wrong in found) else EXIT_DONE)
 
 
 @checkpoint.command()

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtrain.contract import JSON
+from xtrain.durable import flush
 from xtrain.errors import RequestError
 
 FORMAT = 1
@@ -194,7 +195,7 @@ def _write_tokens(path: Path, vocab_size: int, pieces: Iterable[Ids]) -> dict[st
 
         content_hash = hash_tokens(written())
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
     return {"format": FORMAT, "dtype": dtype.str, "count": count, "content_hash": content_hash}
 
 

@@ -79,10 +79,11 @@ def _checked(request: Request, world: int | None) -> int:
 
     What this machine lacks is not looked at: the hosts may be others, and each looks at itself.
     """
-    spec = load_spec(request.spec_path, request.overrides, world)
+    resumes = request.resume is not None
+    spec = load_spec(request.spec_path, request.overrides, world, resumes=resumes)
     world = world or spec.launch.processes
     name = most_able(spec, world) if request.backend == AUTO else request.backend
-    load_spec(request.spec_path, request.overrides, world, elsewhere(registry.load(name)))
+    load_spec(request.spec_path, request.overrides, world, elsewhere(registry.load(name)), resumes=resumes)
     return world
 
 

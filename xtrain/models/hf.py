@@ -7,7 +7,9 @@ to a model here.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,21 +23,25 @@ if TYPE_CHECKING:
 
 NOT_IN_TRAINING = ("classifier", "summary")
 """Dropouts of heads that a language model does not have."""
+PLACES = ("_name_or_path", "auto_map", "transformers_version")
+"""What of a config tells where it came from and who wrote it, not what the model is."""
 
 
 class HuggingFaceSource:
     """A causal language model, with stored weights, or its own initial ones under `train.seed`.
 
-    RequestError says why there is no such model, or why it does not fit the data.
+    RequestError says why there is no such model, or why it does not fit the data. `resumed`: a checkpoint's
+    weights will replace them, so that no stored ones are needed.
     """
 
-    def __init__(self, spec: Spec, data_vocab_size: int) -> None:
+    def __init__(self, spec: Spec, data_vocab_size: int, resumed: bool = False) -> None:
         self.spec = spec
         folder = local_folder(spec.model.hf or "")
         if folder is not None and (problem := next(folder_problems(folder), None)):
             raise RequestError(str(problem))
         self.path = str(folder or spec.model.hf)
-        self.has_weights = folder is None or has_weights(folder)
+        self.has_weights = not resumed and (folder is None or has_weights(folder))
+        weights = "a checkpoint's" if resumed else "stored" if self.has_weights else "initial"
         self.transformers = _library(self.path)
         self.notes: list[str] = []
         with self._trying("used"):
@@ -50,8 +56,14 @@ class HuggingFaceSource:
             self.shape = (int(self.text.num_hidden_layers), int(self.text.hidden_size))
             self.description = (
                 f"{spec.model.hf}, {self.text.num_hidden_layers} layers x {self.text.hidden_size}, "
-                f"vocabulary {self.text.vocab_size}, {'stored' if self.has_weights else 'initial'} weights"
+                f"vocabulary {self.text.vocab_size}, {weights} weights"
             )
+
+    @property
+    def content_hash(self) -> str:
+        """Of the config, wherever it lies."""
+        content = json.dumps(_without_places(self.config.to_dict()), sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def build(self) -> nn.Module:
         from xtrain.models.anatomy import is_causal
@@ -219,6 +231,12 @@ class HuggingFaceSource:
                 f"model.hf {self.path} could not be {what}: {reason}. Expected a folder with config.json "
                 "(and safetensors), or the name of a model that is in the local cache or can be fetched"
             ) from error
+
+
+def _without_places(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {key: _without_places(value) for key, value in content.items() if key not in PLACES}
 
 
 def set_dropouts(config: Any, dropout: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from xtrain.checkpoints.format import CheckpointError
+from xtrain.checkpoints.format import CheckpointError, Reader
 from xtrain.checkpoints.select import select
+from xtrain.checkpoints.tensorfile import Shape
+from xtrain.contract import PiecewiseSource
 from xtrain.errors import RequestError
 from xtrain.models.hf_folder import CONFIG
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 ADAPTED = "model."
 """What a parameter's name begins with here where the model is not ours (xtrain/models/adapter.py)."""
 SHOWN = 3
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of what becomes a weight."""
 
 
 class StoredStart:
@@ -32,71 +36,138 @@ class StoredStart:
         self.source = source
         self.folder = Path(path).expanduser()
         self.description = f"{source.description}, from {path}"
+        self._passed_over: Sequence[str] = ()
 
     @property
     def shape(self) -> tuple[int, int] | None:
         return self.source.shape
 
     @property
+    def content_hash(self) -> str | None:
+        return self.source.content_hash
+
+    @property
     def notes(self) -> Sequence[str]:
-        return self.source.notes
+        return (*self.source.notes, *self._passed_over)
 
     def build(self) -> nn.Module:
-        import torch
-
+        stored = _of_library(self.folder) if (self.folder / CONFIG).is_file() else self._of_run()
+        if isinstance(self.source, PiecewiseSource):
+            self._require(self.source.skeleton(), stored)  # before the model takes its memory
         model = self.source.build()
-        read = _of_library(self.folder) if (self.folder / CONFIG).is_file() else _of_run(self.folder)
-        wrong = []
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                stored = read(name)
-                if stored is None:
-                    wrong.append(f"no {name}")
-                elif stored.shape != parameter.shape:
-                    wrong.append(f"{name} {tuple(stored.shape)}, expected {tuple(parameter.shape)}")
-                else:
-                    parameter.copy_(stored)
+        self._require(model, stored)
+        _load(model, stored)
+        return model
+
+    def decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        return self.source.decayed(name, parameter)
+
+    def _of_run(self) -> Stored:
+        """A run directory's newest valid checkpoint, or the checkpoint that it is; every byte is checked."""
+        try:
+            selected = select(self.folder, hashes=True)
+        except CheckpointError as error:
+            raise RequestError(f"model.init_from: {str(error).removeprefix('--resume ')}") from error
+        if selected.checkpoint is None:
+            raise RequestError(
+                f"model.init_from: found {self.folder}, expected a run directory with a checkpoint in it, a "
+                f"checkpoint, or a folder with {CONFIG} and safetensors"
+            )
+        self._passed_over = [f"model.init_from: passed over: {reason}" for _, reason in selected.damaged]
+        return OfCheckpoint(selected.checkpoint.reader())
+
+    def _require(self, model: nn.Module, stored: Stored) -> None:
+        """Raise RequestError unless all fits, by the files' headers: no tensor is read for it."""
+        wrong = list(_misfits(model, stored))
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise RequestError(
                 f"model.init_from: found {self.folder} with {'; '.join(wrong[:SHOWN])}{more}; expected "
                 "weights for every parameter: name a checkpoint of this kind and size of model"
             )
-        return model
-
-    def decayed(self, name: str, parameter: nn.Parameter) -> bool:
-        return self.source.decayed(name, parameter)
 
 
-Read = Callable[[str], "torch.Tensor | None"]
-"""The stored weight of a parameter; None where there is none."""
+class Stored(Protocol):
+    """Stored weights and buffers, by the names of our model."""
+
+    def form(self, name: str) -> tuple[str, Shape] | None:
+        """Dtype, as safetensors names it, and shape; None where there is no such tensor."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
-def _of_run(path: Path) -> Read:
-    """A run directory's newest valid checkpoint, or the checkpoint that `path` is; every byte is checked."""
-    try:
-        found = select(path, hashes=True).checkpoint
-    except CheckpointError as error:
-        raise RequestError(f"model.init_from: {str(error).removeprefix('--resume ')}") from error
-    if found is None:
-        raise RequestError(
-            f"model.init_from: found {path}, expected a run directory with a checkpoint in it, a checkpoint, "
-            f"or a folder with {CONFIG} and safetensors"
-        )
-    reader = found.reader()
-    return lambda name: reader.read(name, "weight")
+class OfCheckpoint:
+    """Those of a checkpoint of ours."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def form(self, name: str) -> tuple[str, Shape] | None:
+        shape = self._reader.shape(name, "weight")
+        return None if shape is None else (self._reader.dtype(name, "weight"), shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        found = self._reader.read(name, "buffer")  # a weight too: of any dtype
+        assert found is not None
+        return found
 
 
-def _of_library(folder: Path) -> Read:
-    """A folder of Hugging Face's form."""
-    files = _open_all(folder)
-    return lambda name: next(
-        (files[key].get_tensor(key) for key in (name, name.removeprefix(ADAPTED)) if key in files), None
-    )
+class OfLibrary:
+    """Those of a folder of Hugging Face's form: the open safetensors file of each key in it."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
+
+    def form(self, name: str) -> tuple[str, Shape] | None:
+        key = self._key(name)
+        if key is None:
+            return None
+        found = self._files[key].get_slice(key)
+        return str(found.get_dtype()), tuple(found.get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        key = self._key(name)
+        assert key is not None
+        found: torch.Tensor = self._files[key].get_tensor(key)
+        return found
+
+    def _key(self, name: str) -> str | None:
+        return next((key for key in (name, name.removeprefix(ADAPTED)) if key in self._files), None)
 
 
-def _open_all(folder: Path) -> Mapping[str, Any]:
-    """The open safetensors file of each key in it."""
+def _misfits(model: nn.Module, stored: Stored) -> Iterator[str]:
+    """What is not there, or is another thing than the model has: a few words each."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in (parameters | _kept_buffers(model)).items():
+        found = stored.form(name)
+        if found is None:
+            if name in parameters:
+                yield f"no {name}"
+            continue
+        dtype, shape = found
+        if shape != tuple(tensor.shape):
+            yield f"{name} {shape}, expected {tuple(tensor.shape)}"
+        elif (dtype in FLOATS) != tensor.is_floating_point():
+            yield f"{name} of dtype {dtype}, expected {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _load(model: nn.Module, stored: Stored) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in (dict(model.named_parameters()) | _kept_buffers(model)).items():
+            if stored.form(name) is not None:
+                tensor.copy_(stored.read(name))
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that a state dict has. The others follow from the model's config, which may be another one."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _of_library(folder: Path) -> Stored:
     from safetensors import SafetensorError, safe_open
 
     files: dict[str, Any] = {}
@@ -110,4 +181,4 @@ def _open_all(folder: Path) -> Mapping[str, Any]:
         raise RequestError(
             f"model.init_from: found {folder}, expected safetensors in it: only those are read"
         )
-    return files
+    return OfLibrary(files)

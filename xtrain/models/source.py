@@ -36,22 +36,32 @@ class NotedSource(ModelSource, Protocol):
         ...
 
     @property
+    def content_hash(self) -> str | None:
+        """Of what the spec only names the place of: a config; None where it says all."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """What a person should know about the model that was built, a sentence each; after `build`."""
         ...
 
 
-def model_source(spec: Spec, data_vocab_size: int) -> NotedSource:
-    """What builds the model of `spec`, for data of that many symbols."""
-    source = _own_source(spec, data_vocab_size)
-    return StoredStart(source, spec.model.init_from) if spec.model.init_from else source
+def model_source(spec: Spec, data_vocab_size: int, resumed: bool = False) -> NotedSource:
+    """What builds the model of `spec`, for data of that many symbols.
+
+    `resumed`: its weights are a checkpoint's, so those that the spec names are not looked for.
+    """
+    source = _own_source(spec, data_vocab_size, resumed)
+    if spec.model.init_from is None or resumed:
+        return source
+    return StoredStart(source, spec.model.init_from)
 
 
-def _own_source(spec: Spec, data_vocab_size: int) -> NotedSource:
+def _own_source(spec: Spec, data_vocab_size: int, resumed: bool) -> NotedSource:
     if spec.model.preset is not None:
         return PresetSource(spec, data_vocab_size)
     if spec.model.hf is not None:
-        return HuggingFaceSource(spec, data_vocab_size)
+        return HuggingFaceSource(spec, data_vocab_size, resumed)
     return FactorySource(spec)
 
 
@@ -69,6 +79,7 @@ class PresetSource:
     """A built-in model, its weights a function of (seed, parameter name)."""
 
     notes = ()
+    content_hash = None
 
     def __init__(self, spec: Spec, data_vocab_size: int) -> None:
         size = fitted_dimensions(spec, data_vocab_size)
@@ -115,12 +126,13 @@ class PresetSource:
 class FactorySource:
     """A model that the user's function returns, with the weights that function drew.
 
-    The function is called on the CPU with torch's seed set to `train.seed`; its module must map
+    The function is called on the CPU, torch, Python and NumPy seeded with `train.seed`; its module must map
     tokens [batch, seq] to logits [batch, seq, vocabulary] (xtrain/models/adapter.py).
     """
 
     notes = ()
     shape = None
+    content_hash = None
 
     def __init__(self, spec: Spec) -> None:
         self.seed = spec.train.seed
@@ -131,10 +143,12 @@ class FactorySource:
     def build(self) -> nn.Module:
         import torch
 
+        from xtrain.host_random import seed_host
         from xtrain.models.adapter import LogitsLoss
 
         function = _find_factory(self.factory)
         torch.manual_seed(self.seed)
+        seed_host(self.seed)
         try:
             inspect.signature(function).bind(**self.args)
         except TypeError as error:

@@ -62,7 +62,7 @@ def _techniques(world: int) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]
 
 
 def _refused(spec: Spec, world: int, backend: Backend) -> bool:
-    return bool(check_spec(spec, world) or backend.problems(spec, world))
+    return bool(check_spec(spec, world, here=False) or backend.problems(spec, world))
 
 
 def _helps(lower: Spec, before: Spec, world: int, backend: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, BinaryIO, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from xtrain.durable import flush
 from xtrain.errors import RequestError, RunFailed
 
 LARGEST_METRICS_BYTES = 1 << 30
@@ -89,7 +89,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Return once every line is on the disk; called before a checkpoint commits."""
         if (file := self._file) is not None:  # it may be called from the thread that saves
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
     def truncate_after(self, step: int) -> bool:
         """Drop the lines after `step`, whatever they are, for a run that goes on from there.
@@ -112,7 +112,7 @@ class MetricsLog:
             raise MetricsError(f"{self.path} ends at step {last}, before step {step} of the checkpoint")
         with self.path.open("r+b") as file:
             file.truncate(kept_bytes)
-            os.fsync(file.fileno())
+            flush(file.fileno())
         return last == step
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from xtrain.durable import flush
 from xtrain.errors import RequestError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def write_text(path: Path, text: str) -> None:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -11,7 +11,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeAlias
 
 from xtrain.contract import Problem
-from xtrain.spec.check_inputs import data_paths, data_problems, fit_problems, model_paths, model_problems
+from xtrain.spec.check_inputs import (
+    data_paths,
+    data_problems,
+    fit_problems,
+    model_paths,
+    model_problems,
+    weights_paths,
+)
 from xtrain.spec.check_memory import group_problems, loss_problems, memory_problems, placement_problems
 from xtrain.spec.keys import changed_keys, printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
@@ -21,16 +28,22 @@ DYNAMIC_SCALE_KEYS = ("initial_scale_power", "loss_scale_window", "hysteresis", 
 
 
 def check_spec(
-    spec: Spec, world: int | None = None, unsound: Collection[str] = (), here: bool = True
+    spec: Spec,
+    world: int | None = None,
+    unsound: Collection[str] = (),
+    here: bool = True,
+    resumes: bool = False,
 ) -> list[Problem]:
     """Every problem across the keys of `spec`, for `world` processes (default: launch.processes).
 
     Sections named in `unsound` are not as given: checks that read one of them are left out. If it is to run
-    `here`, paths are looked for from the current directory. Nothing is raised, and no marks are attached.
+    `here`, paths are looked for from the current directory; where it `resumes`, not those of weights to start
+    from. Nothing is raised, and no marks are attached.
     """
     if world is not None:
         spec = spec.model_copy(update={"launch": Launch(processes=world)})
     checks = (*CHECKS, *CHECKS_HERE) if here else CHECKS
+    checks += CHECKS_AT_STEP_0 if here and not resumes else ()
     return [problem for check, reads in checks if reads.isdisjoint(unsound) for problem in check(spec)]
 
 
@@ -162,3 +175,5 @@ CHECKS_HERE: Checks = (
     (data_paths, frozenset({"data"})),
 )
 """Those that look at this machine."""
+CHECKS_AT_STEP_0: Checks = ((weights_paths, frozenset({"model"})),)
+"""Of these, what a resumed run does without."""

@@ -37,7 +37,6 @@ def data_problems(spec: Spec) -> Iterator[Problem]:
 def model_paths(spec: Spec) -> Iterator[Problem]:
     """What is not on this machine; paths are looked for from the current directory."""
     yield from _hugging_face(spec)
-    yield from _initial_weights(spec)
 
 
 def data_paths(spec: Spec) -> Iterator[Problem]:
@@ -129,7 +128,8 @@ def _vocabulary(spec: Spec) -> Iterator[Problem]:
         yield Problem("model.vocab_size", str(given), expected, f"use {symbols}, or leave it out")
 
 
-def _initial_weights(spec: Spec) -> Iterator[Problem]:
+def weights_paths(spec: Spec) -> Iterator[Problem]:
+    """Weights to start from that are not on this machine."""
     given = spec.model.init_from
     if given is not None and not _exists(path := _expanded(given)):
         yield Problem("model.init_from", given, "expected a folder that exists", _nearest_file(path))

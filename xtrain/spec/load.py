@@ -37,6 +37,8 @@ class Question:
     backend: Judge | None
     here: bool
     """Whether it is to run on this machine."""
+    resumes: bool
+    """Whether it begins with a checkpoint's weights, whatever weights it names."""
 
 
 def load_spec(
@@ -45,14 +47,16 @@ def load_spec(
     world: int | None = None,
     backend: Judge | None = None,
     here: bool = True,
+    resumes: bool = False,
 ) -> Spec:
     """Read, validate and check the spec at `path`, with each of `overrides` ("train.steps=20") applied.
 
     `world` is the number of processes where it is not launch.processes; `backend` is asked too where it is
-    given. Paths in it are looked for if it is to run `here`. SpecError has every problem.
+    given. Paths in it are looked for if it is to run `here`, those of weights unless it `resumes`. SpecError
+    has every problem.
     """
     document = _read(path)
-    question = Question(world, backend, here)
+    question = Question(world, backend, here, resumes)
     spec, problems = _examine(document, overrides, question)
     if problems:
         blamed = _blame(problems, document, overrides, question)
@@ -87,7 +91,7 @@ def _examine(document: Document, overrides: Sequence[str], question: Question) -
     spec, unsound = sound_part(data, faults, [problem.path for problem in found])
     refused = list(_asked(question.backend, spec, world, unsound))
     keys = [problem.path for problem in refused if problem.path]
-    checked = check_spec(spec, world, unsound, question.here)
+    checked = check_spec(spec, world, unsound, question.here, question.resumes)
     for later in (
         translate(faults, data),
         refused,  # what is refused anyway is not asked for more
