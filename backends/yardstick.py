@@ -1,4 +1,4 @@
-"""What matrix products reach on a device: measured, and as vendors promise it in their data sheets."""
+"""How much a device can do, measured and as vendors promise it in their data sheets; and how much it does."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def datasheet_flops(device: torch.device, dtype: str) -> float | None:
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ")
     return promised_flops(words, dtype)
+
+
+def device_busy(device: torch.device) -> float | None:
+    """Share of the last sixth of a second to second in which a kernel ran, as the vendor's library counts it.
+
+    None without that library (nvidia-ml-py), and on devices that have none.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # its errors are classes of a library that may be missing
+        return None
 
 
 def promised_flops(device_name: str, dtype: str) -> float | None:

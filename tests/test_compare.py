@@ -24,6 +24,7 @@ from xtrain.records.record import DataFacts, StepPeaks
 from xtrain.report.agreement import largest_difference
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison
+from xtrain.report.places import stored_lanes
 from xtrain.report.runs import ended_lane
 from xtrain.report.text import render_markdown, render_terminal
 
@@ -333,6 +334,7 @@ def test_compare_trains_every_lane_and_leaves_a_report(
     assert comparison.exit_code == 0
     assert Comparison.model_validate_json((out / "report.json").read_text()) == comparison
     assert (out / "report.md").read_text() == render_markdown(comparison)
+    assert compare_lanes("tiny.yaml", stored_lanes([str(out)])) == comparison
     assert (out / "lanes" / "deepspeed-2" / "run-1" / "record.json").exists()
     assert "starting" in (out / "lanes" / "cuda" / "run-1.log").read_text()
     captured = capsys.readouterr()
@@ -377,14 +379,18 @@ def test_a_comparison_that_is_ended_leaves_no_lane_behind(
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, str(STUB), str(spec), str(out)]
     pid_file = out / "lanes" / "cpu" / "run-1" / "pid"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.05)
         lane = int(pid_file.read_text())
         process.send_signal(number)
-        assert process.wait(timeout=30) != 0
+        _, said = process.communicate(timeout=30)
+        assert process.returncode != 0
     with pytest.raises(ProcessLookupError):
         os.kill(lane, 0)
+    assert f"cut off; to see what has finished: xtrain report {out} --out {out}\n" in said
+    (row,) = stored_lanes([str(out)])
+    assert (row.outcome, row.reason) == ("failed", "the comparison ended before its first run did")
 
 
 @pytest.mark.slow

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xtrain.errors import RequestError
+from xtrain.errors import RequestError, RunFailed
 from xtrain.lanes import Lane, LaneCommand, LaneEnd, run_lane, xtrain_run
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison
-from xtrain.report.ladder import LadderLane
-from xtrain.report.runs import LANES, ended_lane
+from xtrain.report.folder import LANES, StoredEnd, StoredLane, read_lanes, write_list
 from xtrain.report.write import write_report
 
 
@@ -22,7 +23,6 @@ def compare(
     out: Path,
     overrides: Sequence[str] = (),
     repeats: int = 1,
-    ladder: Sequence[LadderLane] = (),
     command: LaneCommand = xtrain_run,
 ) -> Comparison:
     """Train `spec_path` `repeats` times on every one of `lanes`, and report in `out`.
@@ -36,16 +36,18 @@ def compare(
     _make(out)
     turns = Turns(lanes, repeats)
     places = _folders(out / LANES, lanes)
+    _note(out, places, turns)
     for lane, repeat in turns:
         places[lane].mkdir(exist_ok=True)
         directory = places[lane] / f"run-{repeat}"
         log = directory.with_suffix(".log")
         _say(f"{turns.progress(lane, repeat)}; its output goes to {log}")
-        end = run_lane(command(lane, spec_path, directory, overrides), log)
+        with _told_what_is_there(out):
+            end = run_lane(command(lane, spec_path, directory, overrides), log)
         _say(f"{lane.name}: {end.outcome} in {end.seconds:.1f} s{f': {end.reason}' if end.reason else ''}")
         turns.took(lane, end, directory)
-    found = [ended_lane(lane.name, turns.ends[lane]) for lane in lanes]
-    comparison = compare_lanes(spec_path.name, found, ladder)
+        _note(out, places, turns)
+    comparison = compare_lanes(spec_path.name, read_lanes(out))
     write_report(out, comparison)
     return comparison
 
@@ -100,6 +102,38 @@ def _folders(parent: Path, lanes: Sequence[Lane]) -> dict[Lane, Path]:
         same = [path for path in found.values() if path.name.partition("~")[0] == lane.folder]
         found[lane] = parent / (f"{lane.folder}~{len(same) + 1}" if same else lane.folder)
     return found
+
+
+def _note(out: Path, places: Mapping[Lane, Path], turns: Turns) -> None:
+    """How far it is, for `xtrain report` of a comparison that is cut off."""
+    stored = [
+        StoredLane(
+            name=lane.name,
+            folder=places[lane].name,
+            ladder=None if lane.rung is None else lane.engine,
+            rung=lane.rung or 0,
+            ends=[
+                StoredEnd(run=run.name, outcome=end.outcome, reason=end.reason, seconds=end.seconds)
+                for end, run in turns.ends.get(lane, [])
+            ],
+        )
+        for lane in turns.lanes
+    ]
+    try:
+        write_list(out, stored)
+    except OSError as error:
+        raise RunFailed(f"cannot write in {out}: {error.strerror}") from error
+
+
+@contextmanager
+def _told_what_is_there(out: Path) -> Iterator[None]:
+    """Whoever ends a comparison is told that what was measured is not lost."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        place = shlex.quote(str(out))
+        _say(f"cut off; to see what has finished: xtrain report {place} --out {place}")
+        raise
 
 
 def _make(out: Path) -> None:

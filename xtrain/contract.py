@@ -246,6 +246,8 @@ class Memory:
 
 ByPlace: TypeAlias = "Mapping[str, Mapping[str, int]]"
 """Bytes by place ("cpu", "cuda:0", ...), then by MEMORY_CATEGORIES."""
+HOST = "cpu"
+"""The place that every machine has, as torch calls it: the host's own memory, whatever it computes on."""
 Holdings: TypeAlias = "Mapping[str, Iterable[torch.Tensor]]"
 """Tensors by MEMORY_CATEGORIES."""
 
@@ -278,7 +280,12 @@ Phase: TypeAlias = Literal["data", "forward", "backward", "reduce", "optimizer"]
 class Trace(Protocol):
     """Marks the phases of a step; a no-op except on every K-th step (xtrain/measure/trace.py)."""
 
-    def span(self, phase: Phase) -> AbstractContextManager[None]: ...
+    timed: bool
+    """Whether spans read the clock. Then an engine waits inside them for what else overlaps other phases."""
+
+    def span(self, phase: Phase) -> AbstractContextManager[None]:
+        """May lie inside another span: its time is then its own, and not the outer one's."""
+        ...
 
 
 Accept: TypeAlias = Callable[[float, float | None], bool]

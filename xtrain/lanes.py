@@ -41,6 +41,8 @@ class Lane:
     overrides: tuple[str, ...] = ()
     label: str = ""
     """What the overrides are called, for people."""
+    rung: int | None = None
+    """Index into RUNGS, where it is one of a ladder."""
 
     @classmethod
     def parse(cls, text: str) -> Lane:
@@ -153,7 +155,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def _reason(code: int, log: Path) -> str:
-    said = _last_error(log)
+    said = last_error(log)
     if code == EXIT_INTERRUPTED:
         return f"interrupted: {said}"
     if code < 0:
@@ -163,7 +165,7 @@ def _reason(code: int, log: Path) -> str:
     return said
 
 
-def _last_error(log: Path) -> str:
+def last_error(log: Path) -> str:
     """The last `error:` of the output with what follows it, or else the last line."""
     lines = [
         line for line in log.read_bytes()[-(1 << 16) :].decode(errors="replace").splitlines() if line.strip()

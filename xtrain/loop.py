@@ -62,6 +62,8 @@ class Loop:
     """Whether the ledger takes the first steps: it sees no tensor that compiled code makes."""
     beat: Callable[[], None] = lambda: None
     """Called at every step: the loop is alive (xtrain/launching/watchdog.py)."""
+    look: Callable[[], None] = lambda: None
+    """Called at the ends of windows: how busy is the device (xtrain/measure/busy.py)?"""
     saves_when_full: bool = False
     """Whether a step that did not fit leaves a checkpoint of the updates before it."""
     saved_when_full: int | None = None
@@ -197,6 +199,7 @@ class Loop:
 
     def _at_window_end(self, trace: SampledTrace | None, evaluating: bool) -> dict[str, Any]:
         """What is looked at once per window."""
+        self.look()
         memory = self.engine.memory()
         return {
             "live_bytes": memory.live.bytes if memory.live else None,

@@ -19,6 +19,16 @@ class ClaimedRung:
     speed: str
 
 
+@dataclass(frozen=True)
+class LadderPlace:
+    """Which lane is which rung of whose ladder."""
+
+    ladder: str
+    """The backend, with its processes."""
+    rung: int
+    """Index into RUNGS."""
+
+
 RUNGS = (
     ClaimedRung("plain fp32", "12 GB", "100%"),
     ClaimedRung("+ mixed precision", "6 GB (-50%)", "115%"),

@@ -10,7 +10,6 @@ import yaml
 
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane
-from xtrain.report.ladder import LadderLane
 from xtrain.rungs import RUNGS, rung_overrides
 from xtrain.spec.tree import Spec
 
@@ -33,16 +32,14 @@ def varied(lanes: Sequence[Lane], variations: Sequence[str]) -> list[Lane]:
     return found
 
 
-def ladder(lanes: Sequence[Lane], spec: Spec) -> tuple[list[Lane], list[LadderLane]]:
-    """Each lane on each rung, and which is which."""
-    found, places = [], []
+def ladder(lanes: Sequence[Lane], spec: Spec) -> list[Lane]:
+    """Each lane on each rung."""
+    found = []
     for lane in lanes:
         steps = rung_overrides(spec, lane.processes or spec.launch.processes)
         for number, (rung, overrides) in enumerate(zip(RUNGS, steps, strict=True)):
-            climbed = replace(lane, overrides=tuple(overrides), label=rung.name)
-            found.append(climbed)
-            places.append(LadderLane(climbed.name, lane.engine, number))
-    return found, places
+            found.append(replace(lane, overrides=tuple(overrides), label=rung.name, rung=number))
+    return found
 
 
 def _parse(variation: str) -> tuple[str, list[str]]:

@@ -24,6 +24,7 @@ from xtrain.launching.preflight import everyones, host_name, known, preflight, t
 from xtrain.launching.watchdog import Watchdog
 from xtrain.launching.worker import launched, leave_word
 from xtrain.loop import Loop
+from xtrain.measure.busy import BusyMeter
 from xtrain.measure.machine import resident_bytes
 from xtrain.models.source import NotedSource, model_source
 from xtrain.plan.layout import Planned
@@ -38,7 +39,7 @@ from xtrain.prepare import (
     run_of,
 )
 from xtrain.records.progress import Progress
-from xtrain.records.record import Status, write_record
+from xtrain.records.record import RankBusy, Status, write_record
 from xtrain.records.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
 from xtrain.records.rundir import RunDirectory
 from xtrain.records.summary import render_summary
@@ -219,6 +220,7 @@ class Run:
         who = f"rank {self.job.rank} of {self.job.world} on {host_name()}"
         watchdog = Watchdog(_hang_seconds(spec), who, self._leave_hanging)
         checkpointer = self._checkpointer(observer)
+        meter = BusyMeter(engine)
         loop = Loop(
             engine,
             self.facts.data,
@@ -233,16 +235,17 @@ class Run:
             audits=not spec.train.compile,
             saves_when_full=self.fitted is not None and self.job.world == 1,
             beat=watchdog.beat,
+            look=meter.look,
         )
         started = perf_counter()
         with watchdog:
             ended = self._outcome_of(loop, last)
             checkpointer.close()  # a disk may hang too
-        seconds = perf_counter() - started
+        seconds, busy = perf_counter() - started, meter.read()
         observer.close()
         if ended.full is not None and self.fitted and self.fitted.lower:
             self._begin_again(self.fitted, ended.full, loop)
-        self._record(ended, seconds, loop)
+        self._record(ended, seconds, busy, loop)
         if ended.error is not None:
             raise ended.error
         engine.gather(None)  # nobody leaves before rank 0 has written: a launcher may end the others then
@@ -297,11 +300,11 @@ class Run:
         if self.job.world == 1:
             raise less
 
-    def _record(self, ended: Outcome, seconds: float, loop: Loop) -> None:
+    def _record(self, ended: Outcome, seconds: float, busy: RankBusy, loop: Loop) -> None:
         memory = rank_memory(self.facts.engine, self.job.rank, self.before, loop)
         # After an error the other ranks may be gone: then only this one's memory is known.
         alone = ended.error is not None
-        gathered = Gathered([memory]) if alone else gather(self.facts.engine, memory, loop, seconds)
+        gathered = Gathered([memory]) if alone else gather(self.facts.engine, memory, busy, loop, seconds)
         if self.directory is None:
             return
         record = make_record(

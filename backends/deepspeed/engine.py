@@ -39,8 +39,9 @@ from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
 from ..step_counts import stored_counts
-from ..yardstick import matmul_peak
+from ..yardstick import device_busy, matmul_peak
 from . import state
+from .communication import communication_traced
 from .construct import bound_gathering, build
 from .drive import Drive
 from .environment import collective_timeout, device_of, start_process_group
@@ -100,10 +101,11 @@ class DeepSpeedEngine:
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         """One update of all ranks; a full device raises OutOfMemory on the rank that has it."""
-        with self._watch_memory("step"), self.first_step.told():
-            loss_sum = self._accumulate(step, trace)
-        with self._watch_memory("update"):
-            return self._update(step, loss_sum, accept, trace)
+        with communication_traced(trace):
+            with self._watch_memory("step"), self.first_step.told():
+                loss_sum = self._accumulate(step, trace)
+            with self._watch_memory("update"):
+                return self._update(step, loss_sum, accept, trace)
 
     def _accumulate(self, step: StepInput, trace: Trace) -> torch.Tensor:
         """Forward and backward of this rank's micro-batches; returns its sum of token losses.
@@ -117,7 +119,7 @@ class DeepSpeedEngine:
         for index, batch in enumerate(step.micro_batches):
             with trace.span("forward"):
                 loss = self.forward(batch)
-            with trace.span("backward"):  # DeepSpeed reduces gradients in here
+            with trace.span("backward"):
                 self.engine.backward(loss * (self.data_size / step.target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if index != last:
@@ -242,6 +244,9 @@ class DeepSpeedEngine:
 
     def matmul_peak(self) -> MatmulPeak | None:
         return matmul_peak(self.device, self.spec.precision.dtype, self.synchronize)
+
+    def device_busy(self) -> float | None:
+        return device_busy(self.device)
 
     def close(self) -> None:
         self._votes.close()

@@ -32,7 +32,7 @@ from xtrain.spec.tree import Spec
 from xtrain.techniques.compiled import FirstStep, uncompiled
 
 from ..step_counts import stored_counts
-from ..yardstick import matmul_peak
+from ..yardstick import device_busy, matmul_peak
 from . import state
 from .activations import activations_on_host
 from .assemble import assemble
@@ -187,6 +187,9 @@ class ManualEngine:
 
     def matmul_peak(self) -> MatmulPeak | None:
         return matmul_peak(self.home, self.precision.dtype, self.synchronize)
+
+    def device_busy(self) -> float | None:
+        return device_busy(self.home)
 
     def close(self) -> None:
         self.weights.clear_gradients()

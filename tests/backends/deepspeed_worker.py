@@ -23,11 +23,12 @@ from torch import nn
 
 from xtrain import registry
 from xtrain.contract import IGNORED_TARGET, Accept, Batch, Engine, Job, StepInput
-from xtrain.measure.trace import NullTrace
+from xtrain.measure.trace import NullTrace, SampledTrace
 from xtrain.spec.tree import Spec
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
 STEPS = 6
+TRACED_STEP = 2
 GLOBAL_BATCH = 4
 SEQ_LEN, VOCAB, HIDDEN = 8, 32, 16
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
@@ -116,11 +117,14 @@ def run(spec: Spec, job: Job, accept: Accept | None = None) -> dict[str, Any]:
     mine = slice(job.rank * share, (job.rank + 1) * share)
     evaluated = engine.evaluate(global_batch(99)[mine])
     results = []
+    timed = SampledTrace(engine.synchronize, lambda: None)
     for step in range(STEPS):
         everyones = global_batch(step)
         stepped = StepInput(step, everyones[mine], spec.optimizer.lr, count_targets(everyones))
-        results.append(engine.train_step(stepped, accept, NullTrace()))
+        trace = timed if step == TRACED_STEP else NullTrace()
+        results.append(engine.train_step(stepped, accept, trace))
     found = {
+        "spans": engine.gather(timed.seconds),
         "steps": [asdict(values) for values in engine.fetch(results)],
         "evaluated": [evaluated.total, evaluated.tokens],
         "gathered": engine.gather({"rank": job.rank}),

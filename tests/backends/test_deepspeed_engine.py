@@ -122,6 +122,17 @@ def test_losses_and_norms_equal_a_plain_loops(
     assert column(run, "skipped") == [False] * worker.STEPS
 
 
+@pytest.mark.parametrize(("world", "sharding"), EVERYWHERE)
+def test_communication_has_a_span_of_its_own_on_every_rank(
+    world: int, sharding: str, reports: dict[int, dict[str, Any]]
+) -> None:
+    """In a step whose losses are those of the plain loop, like all others."""
+    spans = reports[world]["runs"][sharding]["sgd"]["spans"]
+    own = {"forward", "backward", "optimizer"}
+    assert [set(rank) for rank in spans] == [own | ({"reduce"} if world > 1 else set())] * world
+    assert all(seconds > 0 for rank in spans for seconds in rank.values())
+
+
 @pytest.mark.parametrize("fault", [{"lr_factor": 1.01}, {"gradient_factor": 2.0}], ids=str)
 @pytest.mark.parametrize(("world", "sharding"), EVERYWHERE)
 def test_faults_are_told_apart(

@@ -60,11 +60,16 @@ def test_a_device_that_cannot_tell_has_no_peak() -> None:
     assert trace.peak_live_bytes is None
 
 
-def test_nested_spans_are_refused() -> None:
-    trace = SampledTrace(lambda: None, lambda: None)
-    with pytest.raises(RuntimeError, match="span 'reduce' inside span 'backward'"), trace.span("backward"):  # noqa: SIM117
-        with trace.span("reduce"):
-            pass
+def test_a_span_inside_another_takes_its_time_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 5.0, 8.0, 8.0, 10.0])
+    monkeypatch.setattr("xtrain.measure.trace.perf_counter", lambda: next(clock))
+    device = Device(10, 20)
+    trace = SampledTrace(device.synchronize, device.sample)
+    with trace.span("backward"), trace.span("reduce"):
+        device.asked.append("reduce")
+    assert trace.seconds == {"backward": 7.0, "reduce": 3.0}
+    inner = ["synchronize", "reduce", "synchronize"]
+    assert device.asked == ["synchronize", "sample", *inner, "synchronize", "sample"]
 
 
 def test_an_error_in_a_span_passes_without_asking_the_device_again() -> None:

@@ -42,9 +42,8 @@ def test_every_key_is_written_and_what_is_unknown_is_null(tmp_path: Path) -> Non
 
 def test_the_published_schema_has_the_agreed_keys() -> None:
     agreed = "status backend world spec settings notes environment data model totals loss eval speed"
-    agreed += (
-        " time_split rank_seconds matmul memory predicted threads matmul_precision failure schema_version"
-    )
+    agreed += " time_split rank_seconds matmul busy memory predicted threads matmul_precision failure"
+    agreed += " schema_version"
     assert set(agreed.split()) == set(RunRecord.model_fields)
 
 

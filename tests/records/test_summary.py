@@ -7,7 +7,7 @@ import pytest
 
 from tests.sample_runs import GIB, MIB, sample_memory, sample_record, sample_steps
 from xtrain.records.metrics import StepRecord
-from xtrain.records.record import CounterFacts, MatmulFacts, ModelFacts, StepPeaks
+from xtrain.records.record import CounterFacts, MatmulFacts, ModelFacts, RankBusy, StepPeaks
 from xtrain.records.summary import clean, format_bytes, format_counter, largest, plural, render_summary
 
 WHOLE = """\
@@ -117,6 +117,13 @@ def test_the_model_s_operations_stand_beside_what_a_matrix_product_reaches() -> 
     assert line.strip() == (
         "16.0 samples/s, 0.0135 TFLOP/s of the model, 14% of the 0.1 that a bf16 matrix product reaches (MFU)"
     )
+
+
+def test_how_busy_the_machine_was_is_told_as_far_as_it_is_known() -> None:
+    known, silent = RankBusy(device=0.5, host_cores=1.0), RankBusy(device=None, host_cores=0.5)
+    assert rows(busy=[known, known], world=2)["busy"] == "device 50% of the time; 2.0 of the host's cores"
+    assert rows(busy=[known, silent], world=2)["busy"] == "1.5 of the host's cores"
+    assert "busy" not in rows(busy=None)
 
 
 def test_the_slowest_of_several_ranks_is_told() -> None:

@@ -13,6 +13,7 @@ from xtrain.records.record import RankMemory, StepPeaks
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison, Figures
 from xtrain.report.runs import LaneRuns, Run
+from xtrain.rungs import LadderPlace
 
 STEP = {"parameters": 40, "gradients": 40, "optimizer": 80, "activations": 120, "logits": 20}
 """MiB by category."""
@@ -76,6 +77,10 @@ def slowed(taken: Sequence[StepRecord], factor: float) -> list[StepRecord]:
 
 def lane(name: str, *runs: Run) -> LaneRuns:
     return LaneRuns(name, "finished", None, runs or (run(),))
+
+
+def on_rung(lane: LaneRuns, rung: int, ladder: str) -> LaneRuns:
+    return replace(lane, place=LadderPlace(ladder, rung))
 
 
 def unfinished(name: str, reason: str, outcome: Any = "failed") -> LaneRuns:

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
-from tests.report.sample_lanes import STEP, lane, memory, run, slowed, steps, unfinished
-from xtrain.report.build import compare_lanes
-from xtrain.report.ladder import LadderLane
+from tests.report.sample_lanes import (
+    STEP,
+    compared,
+    lane,
+    memory,
+    on_rung,
+    run,
+    slowed,
+    steps,
+    unfinished,
+)
 from xtrain.report.tables import tables
 from xtrain.report.text import render_terminal
 from xtrain.rungs import RUNGS
@@ -11,8 +19,7 @@ from xtrain.rungs import RUNGS
 def test_every_rung_stands_beside_its_claim_as_a_share_of_the_first() -> None:
     halved = run(slowed(steps(), 1.25), memory=[memory({**STEP, "activations": 0, "logits": 0})])
     lanes = [lane("a 0"), lane("a 1", halved), unfinished("a 2", "out of memory")]
-    places = [LadderLane(f"a {number}", "a", number) for number in range(3)]
-    comparison = compare_lanes("tiny.yaml", lanes, places)
+    comparison = compared(*(on_rung(lane, rung, "a") for rung, lane in enumerate(lanes)))
     assert [(rung.memory_share, rung.speed_share) for rung in comparison.ladder] == [
         (1.0, 1.0),
         (160 / 300, 0.8),
@@ -30,8 +37,7 @@ def test_every_rung_stands_beside_its_claim_as_a_share_of_the_first() -> None:
 
 def test_shares_are_of_the_same_backend_and_unknown_where_its_first_rung_failed() -> None:
     lanes = [unfinished("a 0", "full"), lane("a 1"), lane("b 0", run(slowed(steps(), 2))), lane("b 1")]
-    places = [LadderLane(name, name[0], int(name[2])) for name in ("a 0", "a 1", "b 0", "b 1")]
-    ladder = compare_lanes("tiny.yaml", lanes, places).ladder
+    ladder = compared(*(on_rung(lane, int(lane.name[2]), lane.name[0]) for lane in lanes)).ladder
     assert [rung.speed_share for rung in ladder] == [None, None, 1.0, 2.0]
     assert [rung.lane for rung in ladder] == ["a", "a", "b", "b"]
 

@@ -11,10 +11,19 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.browser import CHROMIUM, Browser, running_browser
-from tests.report.sample_lanes import STEP, compared, lane, memory, run, slowed, steps, unfinished
+from tests.report.sample_lanes import (
+    STEP,
+    compared,
+    lane,
+    memory,
+    on_rung,
+    run,
+    slowed,
+    steps,
+    unfinished,
+)
 from xtrain.report.charts import charts
 from xtrain.report.comparison import Comparison
-from xtrain.report.ladder import LadderLane, ladder_rungs
 from xtrain.report.write import write_report
 
 pytestmark = [
@@ -29,17 +38,11 @@ LOOKS = [(1280, False), (1280, True), (390, False), (390, True)]
 def full_comparison() -> Comparison:
     """Everything that a page can show."""
     predicted = {"peak_bytes": {"cpu": {"parameters": 40 << 20, "activations": 130 << 20}}}
-    lanes = [
-        lane("cpu", run(steps(shake=0.1), predicted=predicted), run(slowed(steps(), 1.02))),
-        lane(
-            "deepspeed:2",
-            run(slowed(steps(lr=1.01e-3, shake=0.2), 1.1), memory=[memory({**STEP, "activations": 40})]),
-        ),
-        unfinished("<b>mps</b>", "backend 'mps' cannot run here: no Apple GPU", "refused"),
-    ]
-    comparison = compared(*lanes)
-    places = [LadderLane("cpu", "cpu", 0), LadderLane("deepspeed:2", "cpu", 1)]
-    return comparison.model_copy(update={"ladder": ladder_rungs(comparison.finished, places)})
+    first = lane("cpu", run(steps(shake=0.1), predicted=predicted), run(slowed(steps(), 1.02)))
+    lean = [memory({**STEP, "activations": 40})]
+    second = lane("deepspeed:2", run(slowed(steps(lr=1.01e-3, shake=0.2), 1.1), memory=lean))
+    refused = unfinished("<b>mps</b>", "backend 'mps' cannot run here: no Apple GPU", "refused")
+    return compared(on_rung(first, 0, "cpu"), on_rung(second, 1, "cpu"), refused)
 
 
 @pytest.fixture(scope="module")

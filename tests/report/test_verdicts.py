@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from tests.report.sample_lanes import (
     verdict,
 )
 from tests.sample_runs import MIB, sample_memory
-from xtrain.records.record import DataFacts, MatmulFacts, ModelFacts
+from xtrain.records.record import DataFacts, MatmulFacts, ModelFacts, RankBusy, RankMemory, StepPeaks
+from xtrain.report.comparison import Comparison
 from xtrain.report.runs import LaneRuns, Run
-from xtrain.report.tables import tables
+from xtrain.report.tables import Table, tables
 
 
 def repeats(factor: float = 1.0, **changes: Any) -> list[Run]:
@@ -76,6 +78,28 @@ def test_lanes_without_a_step_in_common_are_not_said_to_agree() -> None:
     assert found.details == ["b: cannot be held against a: no step in common"]
 
 
+def test_a_repeat_that_learned_something_else_is_called_out_whichever_it_is() -> None:
+    """Its first run is as the reference's: a verdict by that alone would be wrong."""
+    later = steps(lr=1.01e-3)
+    found = verdict(compared(lane("a", run(), run()), lane("b", run(), run(), run(later))), "losses")
+    assert found.headline == "The losses do not agree: b left a"
+    assert found.details[0] == (
+        "b: its learning rate is another one from step 2: 0.000202 instead of 0.0002 (+1.00%) (repeat 3 of 3)"
+    )
+    assert "(repeat 3 of 3); the largest difference is " in found.details[1]
+
+
+def test_a_reference_whose_own_repeats_part_is_called_out() -> None:
+    parted = [replace(step, loss=2 * (step.loss or 0)) if step.step == 40 else step for step in steps()]
+    for others in ([], [lane("b")]):
+        comparison = compared(lane("a", run(), run(parted)), *others)
+        found = verdict(comparison, "losses")
+        assert (found.tone, found.headline) == ("bad", "The losses do not agree: a's own repeats part")
+        assert found.details[0].startswith("a: its loss leaves its first run's at step 40: ")
+        assert "(repeat 2 of 2)" in found.details[0]
+    assert verdict(comparison, "choice").headline == "First find out why a does not learn the same twice"
+
+
 # --- speed --------------------------------------------------------------------------------------
 
 
@@ -124,6 +148,34 @@ def test_the_leaner_lane_is_named_by_every_instrument_that_both_have() -> None:
     assert found.details[1] == "Live tensors, peak: a 300.0 MiB, b 300.0 MiB (+0%)"
 
 
+def on_device(device: int, host: int) -> RankMemory:
+    """MiB."""
+    peaks = {"cpu": {"optimizer": host * MIB}, "sim:0": {"parameters": device * MIB}}
+    return sample_memory().model_copy(update={"step_peaks": StepPeaks(step=2, peaks=peaks)})
+
+
+def test_what_is_offloaded_to_the_host_is_not_held_against_the_device() -> None:
+    """The lane that offloads has more on the host than the other one anywhere."""
+    plain, offloads = lane("a", run(memory=[on_device(300, 1)])), lane("b", run(memory=[on_device(100, 500)]))
+    comparison = compared(plain, offloads)
+    found = verdict(comparison, "memory")
+    assert found.headline == "b needs the least memory"
+    assert found.details[0] == (
+        "A step at its fullest, where it is computed, counted storage by storage: "
+        "b 100.0 MiB, a 300.0 MiB (+200%)"
+    )
+    assert found.details[1].startswith("What a step keeps on the host beside its device, ")
+    assert found.details[1].endswith(": a 1.0 MiB, b 500.0 MiB (500 times)")
+    assert verdict(comparison, "choice").headline.startswith("Choose b: ")
+
+
+def test_a_lane_on_the_host_is_compared_where_it_computes() -> None:
+    """300 MiB on the host are its device's; the other lane's host bytes have nothing to meet."""
+    found = verdict(compared(lane("a"), lane("b", run(memory=[on_device(200, 400)]))), "memory")
+    assert found.details[0].endswith(": b 200.0 MiB, a 300.0 MiB (+50%)")
+    assert not any("on the host" in detail for detail in found.details)
+
+
 def test_a_counted_peak_never_meets_a_sampled_one() -> None:
     counted = lane("a", run(memory=[sample_memory(live_peak=300 * MIB)]))
     sampled = lane("b", run(memory=[sample_memory(live_peak=100 * MIB, method="sampled")]))
@@ -148,7 +200,7 @@ def test_lanes_that_share_no_instrument_are_not_compared() -> None:
         ({"data": 0.05, "forward": 0.05}, "a waits for data (50% of a step)"),
         (
             {"reduce": 0.04, "forward": 0.02, "backward": 0.04},
-            "a waits for the other processes (40% of a step)",
+            "a communicates, or waits for the other processes (40% of a step)",
         ),
         ({"optimizer": 0.05, "backward": 0.05}, "a is held up by the optimizer (50% of a step)"),
         ({"forward": 0.05}, "a spends its time between the phases (50% of a step)"),
@@ -175,14 +227,43 @@ def test_a_computing_lane_is_held_against_the_matrix_product() -> None:
     assert "at 28% of what a matrix product reaches here" in verdict(comparison, "bottleneck").details[0]
 
 
+def table(comparison: Comparison, title: str) -> Table:
+    (found,) = [table for table in tables(comparison) if table.title == title]
+    return found
+
+
+def test_communication_is_a_share_of_a_step_or_said_to_be_unknown() -> None:
+    spans = {"forward": 0.03, "reduce": 0.01, "backward": 0.05, "optimizer": 0.01}
+    apart = [replace(step, spans=spans) if step.spans else step for step in steps()]
+    found = table(
+        compared(lane("a"), lane("b", run(world=2)), lane("c", run(apart, world=2))), "Time of a traced step"
+    )
+    column = found.headers.index("communication")
+    assert [row[column] for row in found.rows] == ["one process", "not measured", "10%"]
+
+
+def test_what_a_vendor_counts_and_the_host_s_clock_have_columns_of_their_own() -> None:
+    ranks = [RankBusy(device=0.5, host_cores=1.0), RankBusy(device=0.75, host_cores=0.5)]
+    silent = run(busy=[RankBusy(device=None, host_cores=1.9)])
+    found = table(
+        compared(lane("a", silent), lane("b", run(busy=ranks, world=2))), "How busy the machine was"
+    )
+    assert found.headers == ["lane", "device busy, as its vendor counts", "host cores busy, all processes"]
+    assert found.rows == [["a", "not measured", "1.9"], ["b", "62%", "1.5"]]
+    assert table(compared(lane("a", silent)), "How busy the machine was").headers[1:] == [
+        "host cores busy, all processes"
+    ]
+
+
 def test_the_slowest_rank_stands_beside_the_time_of_a_step() -> None:
-    both = compared(lane("a"), lane("b", run(rank_seconds=[{"forward": 1.0}, {"forward": 3.0}])))
-    (table,) = [table for table in tables(both) if table.title == "Time of a traced step"]
-    assert table.headers[-1] == "slowest rank"
+    unequal = run(rank_seconds=[{"forward": 1.0}, {"forward": 3.0}], world=2)
+    both = compared(lane("a"), lane("b", unequal))
+    found = table(both, "Time of a traced step")
+    assert found.headers[-1] == "slowest rank"
     assert verdict(both, "bottleneck").details[-1] == (
         "b: its ranks are unequal: the slowest has its forward 50.0% longer than the mean"
     )
-    assert [row[-1] for row in table.rows] == ["one rank", "forward 50.0% longer than the mean"]
+    assert [row[-1] for row in found.rows] == ["one rank", "forward 50.0% longer than the mean"]
 
 
 def test_a_run_without_traced_steps_has_no_bottleneck() -> None:

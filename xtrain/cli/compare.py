@@ -49,10 +49,10 @@ def compare(
         raise RequestError("--ladder and --vary: expected one of them, each makes lanes of its own")
     given = parse_lanes(names.split(","))
     loaded = load_spec(spec, overrides)  # a broken spec is refused once, not by every lane
-    lanes, places = ladder(given, loaded) if climb else (varied(given, variations), [])
+    lanes = ladder(given, loaded) if climb else varied(given, variations)
     for changed in {lane.overrides for lane in lanes if lane.overrides}:
         load_spec(spec, (*overrides, *changed))
-    comparison = run_lanes(spec, lanes, out, overrides, repeats, places)
+    comparison = run_lanes(spec, lanes, out, overrides, repeats)
     _show(comparison, out, as_json)
     raise SystemExit(comparison.exit_code)
 

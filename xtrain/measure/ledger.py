@@ -73,6 +73,8 @@ class _Place:
 class Ledger(TorchDispatchMode):
     """Take a step inside `with ledger.open():` with the ledger as its trace; then read `peaks`."""
 
+    timed = False
+
     def __init__(self, holdings: Callable[[], Holdings]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._holdings = holdings
@@ -109,9 +111,9 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def span(self, phase: Phase) -> Iterator[None]:
         """The trace's: the phase that the step is in."""
-        self._phase = phase
+        outer, self._phase = self._phase, phase
         yield
-        self._phase = None
+        self._phase = outer
         self._claim_holdings()
 
     def __torch_dispatch__(

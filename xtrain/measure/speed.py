@@ -11,7 +11,9 @@ from pydantic import ConfigDict
 from xtrain.records.metrics import StepRecord
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
-"""How a step's time is split; `data` is getting the batch, `other` what is in no span."""
+"""How a step's time is split: `data` gets the batch, `reduce` communicates, `other` is in no span."""
+PHASE_NAMES = {"reduce": "communication"}
+"""What people read, where it is not the phase's own name."""
 FINITE = ConfigDict(strict=True, allow_inf_nan=False)
 """Records are read back, and not trusted."""
 
@@ -68,7 +70,7 @@ def split_time(records: Sequence[StepRecord]) -> TimeSplit | None:
     """Means over the traced steps, which must be timed from getting the batch to the end of the update.
 
     None when no step was traced. A phase that the engine marks no span of is left out, for it was not
-    measured (a library may reduce gradients inside its backward pass); what is in no span is `other`.
+    measured; what is in no span is `other`.
     """
     traced = [(r.spans, r.seconds) for r in records if r.spans is not None and r.seconds]
     if not traced:

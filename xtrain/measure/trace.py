@@ -36,6 +36,7 @@ def is_audited(step: int, total_steps: int) -> bool:
 class NullTrace:
     """For the steps that are not traced: costs next to nothing."""
 
+    timed = False
     seconds: Mapping[str, float] = {}
     peak_live_bytes: int | None = None
 
@@ -47,31 +48,36 @@ class SampledTrace:
     """For one traced step: seconds by phase, and the most live bytes seen at the ends of phases.
 
     `synchronize` waits for the device; `sample` gives its live bytes, or None where it cannot tell.
-    Spans follow one another: one inside another would count its time twice, and is refused.
+    A span inside another takes its time from it: every moment belongs to the innermost.
     """
+
+    timed = True
 
     def __init__(self, synchronize: Callable[[], None], sample: Callable[[], int | None]) -> None:
         self.seconds: dict[str, float] = {}
         self.peak_live_bytes: int | None = None
         self._synchronize = synchronize
         self._sample = sample
-        self._open: Phase | None = None
+        self._open: list[Phase] = []
+        self._since = 0.0
 
     @contextmanager
     def span(self, phase: Phase) -> Iterator[None]:
-        if self._open is not None:
-            raise RuntimeError(f"span {phase!r} inside span {self._open!r}: spans do not nest")
-        self._open = phase
-        self._settle()
-        start = perf_counter()
+        outermost = not self._open
+        self._settle(sampled=outermost)
+        self._open.append(phase)
+        self._since = perf_counter()
         yield  # no `finally`: after an error the device may be in no state to be asked
-        self._synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
-        self._settle()
-        self._open = None
+        self._settle(sampled=outermost)
+        self._open.pop()
+        if not outermost:
+            self._since = perf_counter()
 
-    def _settle(self) -> None:
+    def _settle(self, sampled: bool) -> None:
+        """What was begun comes to its end, at the cost of the innermost span; then memory is looked at."""
         self._synchronize()
-        live_bytes = self._sample()
-        if live_bytes is not None:
+        if self._open:
+            phase, now = self._open[-1], perf_counter()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        if sampled and (live_bytes := self._sample()) is not None:
             self.peak_live_bytes = max(live_bytes, self.peak_live_bytes or 0)

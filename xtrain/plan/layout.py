@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
+from xtrain.contract import HOST as HOST
 from xtrain.plan.step import Moment, Step
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 Categories: TypeAlias = "Counter[str]"
 """Bytes by contract.MEMORY_CATEGORIES."""
-DEVICE, HOST = "device", "cpu"
-"""Places: a device that has no name yet, and the host's memory as torch calls it."""
+DEVICE = "device"
+"""The place that has no name yet: what the plan is for."""
 
 
 class Layout(Protocol):

@@ -186,6 +186,16 @@ class MatmulFacts(Part):
     """What the vendor promises, where it is known."""
 
 
+class RankBusy(Part):
+    """How busy one rank kept what it ran on; None where it cannot be known."""
+
+    device: Annotated[float, Field(ge=0, le=1)] | None
+    """Share of the time in which the device had work, as its vendor counts it: the mean of samples at the
+    ends of logging windows. The CPU has no such counter."""
+    host_cores: Annotated[float, Field(ge=0, lt=1e6)] | None
+    """CPU seconds of the process per second: how many of the host's cores it kept busy."""
+
+
 class Predicted(Part):
     """What the planner said before the run of a step like that of `step_peaks`, for one process."""
 
@@ -227,6 +237,8 @@ class RunRecord(Part):
     """By rank: of its traced steps together, by phase."""
     matmul: MatmulFacts | None = None
     """Measured at the end of runs that are long enough for it not to matter."""
+    busy: list[RankBusy] | None = None
+    """By rank, over the whole run."""
     memory: list[RankMemory]
     """By rank."""
     predicted: JsonObject | None = None

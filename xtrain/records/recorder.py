@@ -21,6 +21,7 @@ from xtrain.records.record import (
     MatmulFacts,
     ModelFacts,
     Predicted,
+    RankBusy,
     RankMemory,
     RunRecord,
     Status,
@@ -97,15 +98,21 @@ class Gathered:
 
     memory: list[RankMemory]
     rank_seconds: list[dict[str, float]] | None = None
+    busy: list[RankBusy] | None = None
     matmul: MatmulFacts | None = None
 
 
-def gather(engine: Engine, memory: RankMemory, loop: Loop, seconds: float) -> Gathered:
+def gather(engine: Engine, memory: RankMemory, busy: RankBusy, loop: Loop, seconds: float) -> Gathered:
     """Every rank's, on every rank, after a run of `seconds`. Collective."""
     memories = engine.gather(memory.model_dump(mode="json"))
     spans: list[Any] = engine.gather(loop.phase_seconds)
-    ranks = [RankMemory.model_validate(one) for one in memories]
-    return Gathered(ranks, [dict(one) for one in spans], gather_matmul(engine, seconds))
+    uses = engine.gather(busy.model_dump(mode="json"))
+    return Gathered(
+        [RankMemory.model_validate(one) for one in memories],
+        [dict(one) for one in spans],
+        [RankBusy.model_validate(one) for one in uses],
+        gather_matmul(engine, seconds),
+    )
 
 
 def make_record(
@@ -149,6 +156,7 @@ def make_record(
         time_split=split_time(steps),
         rank_seconds=gathered.rank_seconds,
         matmul=gathered.matmul,
+        busy=gathered.busy,
         memory=gathered.memory,
         predicted=facts.predicted.model_dump(mode="json"),
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from tabulate import tabulate
 
 from xtrain.measure.flops import field_speed
-from xtrain.measure.speed import PHASES, Speed, TimeSplit, imbalance
-from xtrain.records.record import CounterFacts, Predicted, RankMemory, RunRecord, prediction
+from xtrain.measure.speed import PHASE_NAMES, PHASES, Speed, TimeSplit, imbalance
+from xtrain.records.record import CounterFacts, Predicted, RankBusy, RankMemory, RunRecord, prediction
 
 NOT_MEASURED = "not measured"
 
@@ -34,6 +35,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         *_step_peaks(record),
         ("time", _time(record.time_split)),
         *_imbalance(record),
+        *_busy(record),
         ("everything in", str(directory)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
@@ -181,6 +183,28 @@ def _imbalance(record: RunRecord) -> list[tuple[str, str]]:
     return [] if found is None else [("", f"the slowest of {record.world} ranks: {format_imbalance(found)}")]
 
 
+def _busy(record: RunRecord) -> list[tuple[str, str]]:
+    device, cores = busy_together(record.busy or [])
+    if cores is None:
+        return []
+    told = f"device {device:.0%} of the time; " if device is not None else ""
+    return [("busy", f"{told}{format_cores(cores)}")]
+
+
+def busy_together(ranks: Sequence[RankBusy]) -> tuple[float | None, float | None]:
+    """(mean share of the devices, cores of the host in all); None where a rank does not know."""
+    devices = [rank.device for rank in ranks if rank.device is not None]
+    cores = [rank.host_cores for rank in ranks if rank.host_cores is not None]
+    return (
+        fmean(devices) if ranks and len(devices) == len(ranks) else None,
+        sum(cores) if ranks and len(cores) == len(ranks) else None,
+    )
+
+
+def format_cores(cores: float) -> str:
+    return f"{cores:.1f} of the host's cores"
+
+
 def format_imbalance(found: float) -> str:
     return f"forward {found:.1%} longer than the mean"
 
@@ -188,5 +212,6 @@ def format_imbalance(found: float) -> str:
 def _time(split: TimeSplit | None) -> str:
     if split is None:
         return NOT_MEASURED
-    shares = ", ".join(f"{phase} {split.shares[phase]:.0%}" for phase in PHASES if phase in split.shares)
+    known = [phase for phase in PHASES if phase in split.shares]
+    shares = ", ".join(f"{PHASE_NAMES.get(phase, phase)} {split.shares[phase]:.0%}" for phase in known)
     return f"{shares} ({plural(split.traced_steps, 'traced step')})"

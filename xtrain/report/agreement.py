@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from xtrain.records.metrics import Natural, StepRecord
@@ -33,10 +33,12 @@ class Departure(Part):
     value: float | None
     """None: no number."""
     reference: float | None
+    repeat: Natural = 1
+    """Which of the lane's runs went there, 1-based."""
 
 
 class Agreement(Part):
-    """Of a lane with the reference."""
+    """Of a lane with the reference; of the reference's own repeats with its first run."""
 
     allowed: float
     """Relative, at the start."""
@@ -78,6 +80,29 @@ def agreement(steps: Sequence[StepRecord], reference: Sequence[StepRecord], dtyp
         None,
     )
     return Agreement(allowed=allowance(1, dtype), loss=loss, lr=rate)
+
+
+def agreement_of_repeats(
+    repeats: Iterable[tuple[int, Sequence[StepRecord]]], reference: Sequence[StepRecord], dtype: str
+) -> Agreement:
+    """The earliest departures of any of `repeats`, which have their numbers with them."""
+    found = [(number, agreement(steps, reference, dtype)) for number, steps in repeats]
+    return Agreement(
+        allowed=allowance(1, dtype),
+        loss=_earliest((number, one.loss) for number, one in found),
+        lr=_earliest((number, one.lr) for number, one in found),
+    )
+
+
+def _earliest(departures: Iterable[tuple[int, Departure | None]]) -> Departure | None:
+    """The first of equals."""
+    found = [one.model_copy(update={"repeat": number}) for number, one in departures if one]
+    return min(found, key=lambda one: one.step, default=None)
+
+
+def widest(differences: Iterable[Difference | None]) -> Difference | None:
+    """The first of equals; None where there is none."""
+    return max((one for one in differences if one), key=lambda one: one.relative, default=None)
 
 
 def largest_difference(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xtrain.report.comparison import Comparison, LaneReport, Rung
+from xtrain.report.comparison import Comparison, LaneReport
 from xtrain.report.figures import figures_of, short
-from xtrain.report.ladder import LadderLane, ladder_rungs
+from xtrain.report.ladder import ladder_rungs
+from xtrain.report.repeats import repeat_warnings
 from xtrain.report.runs import LaneRuns
 from xtrain.report.unlike import warnings
 from xtrain.report.verdicts import verdicts
 
 
-def compare_lanes(title: str, lanes: Sequence[LaneRuns], ladder: Sequence[LadderLane] = ()) -> Comparison:
-    """In the given order; the first that finished is the reference. `ladder`: which lane is which rung."""
+def compare_lanes(title: str, lanes: Sequence[LaneRuns]) -> Comparison:
+    """In the given order; the first that finished is the reference."""
     reference = next((lane for lane in lanes if lane.runs), None)
     reports = [
         LaneReport(
@@ -25,12 +26,13 @@ def compare_lanes(title: str, lanes: Sequence[LaneRuns], ladder: Sequence[Ladder
         for lane in lanes
     ]
     finished = [(lane.name, lane.figures) for lane in reports if lane.figures]
-    rungs: list[Rung] = ladder_rungs(finished, ladder)
     return Comparison(
         title=title,
         reference=reference.name if reference else None,
         lanes=reports,
-        warnings=warnings(finished),
+        warnings=[*warnings(finished), *repeat_warnings(lanes)],
         verdicts=verdicts(finished, [lane for lane in reports if not lane.figures]),
-        ladder=rungs,
+        ladder=ladder_rungs(
+            [(lane.place, made.figures) for lane, made in zip(lanes, reports, strict=True) if lane.place]
+        ),
     )

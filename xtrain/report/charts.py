@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
-from xtrain.measure.speed import PHASES
+from xtrain.measure.speed import PHASE_NAMES, PHASES
 from xtrain.records.summary import COUNTERS, clean
 from xtrain.report.agreement import relative_difference
 from xtrain.report.comparison import Comparison, Curve, Figures
-from xtrain.report.memory import fullest_place
+from xtrain.report.memory import fullest_device
 
 Lanes = Sequence[tuple[str, Figures]]
 Trace = dict[str, Any]
@@ -42,8 +42,8 @@ PHASE_COLOURS = {
 }
 LONGEST_LABEL, LABEL_LINE = 60, 20
 """Characters."""
-BAR_HEIGHT, FRAME_HEIGHT, CURVE_HEIGHT = 38, 130, 340
-"""Pixels: of one lane's bar, of everything round the bars, of a chart of curves."""
+BAR_HEIGHT, LINE_HEIGHT, FRAME_HEIGHT, CURVE_HEIGHT = 38, 19, 90, 340
+"""Pixels: of one lane's bar, of a line of its label, of everything round the bars, of a chart of curves."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,7 @@ def _distance(lanes: Lanes, colours: Mapping[str, str], reference: str | None) -
         drawn = [(step, distance) for step, distance in pairs if distance > 0]
         if name != reference and drawn:
             points = Curve(steps=[step for step, _ in drawn], values=[distance for _, distance in drawn])
-            traces.append(
-                {**_line(name, points, colours[name], 9), "mode": "lines+markers", "marker": {"size": 4}}
-            )
+            traces.append(_dotted(name, points, colours[name], 9))
     caption = f"Relative difference of the loss from {clean(reference or '')}'s. Equal steps have no point."
     layout = _curves("relative difference")
     layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1, "range": _decades(traces)}
@@ -183,7 +181,7 @@ def _decades(traces: Sequence[Trace]) -> list[int]:
 
 
 def _step_memory(lanes: Lanes) -> Chart:
-    held = {label(name): fullest_place(figures) for name, figures in lanes if figures.step_peaks}
+    held = {label(name): fullest_device(figures) for name, figures in lanes if figures.step_peaks}
     caption = "Live tensors of one step at its fullest, counted storage by storage, on the fullest device."
     return _stacked_bytes("memory", "Memory by category", caption, held)
 
@@ -193,7 +191,7 @@ def _predicted(lanes: Lanes) -> Chart:
     for name, figures in lanes:
         if figures.predicted is not None and figures.step_peaks:
             held[f"{label(name)}, predicted"] = figures.predicted
-            held[f"{label(name)}, measured"] = fullest_place(figures)
+            held[f"{label(name)}, measured"] = fullest_device(figures)
     caption = "What the planner said before the run, and what the step held."
     return _stacked_bytes("predicted", "Predicted and measured", caption, held)
 
@@ -225,11 +223,11 @@ def _time(lanes: Lanes) -> Chart:
         {
             "type": "bar",
             "orientation": "h",
-            "name": phase,
+            "name": PHASE_NAMES.get(phase, phase),
             "y": list(splits),
             "x": [1000 * seconds.get(phase, 0.0) for seconds in splits.values()],
             "marker": {"color": PHASE_COLOURS[phase]},
-            "hovertemplate": f"%{{y}}: {phase} %{{x:,.1f}} ms<extra></extra>",
+            "hovertemplate": f"%{{y}}: {PHASE_NAMES.get(phase, phase)} %{{x:,.1f}} ms<extra></extra>",
         }
         for phase in PHASES
         if any(phase in seconds for seconds in splits.values())
@@ -279,11 +277,14 @@ def _ladder(comparison: Comparison) -> Chart:
     ]
     caption = "Measured, as shares of the first rung: live tensors of a step, and tokens per second."
     layout = _bars({"barmode": "group", "xaxis": {"tickformat": ".0%"}})
-    return Chart("ladder", "The ladder", caption, _bar_height(rungs) + 20 * len(rungs), data, layout)
+    return Chart("ladder", "The ladder", caption, _bar_height((name for name, _ in rungs), 58), data, layout)
 
 
-def _bar_height(bars: Sequence[Any] | Mapping[str, Any]) -> int:
-    return FRAME_HEIGHT + BAR_HEIGHT * max(1, len(bars))
+def _bar_height(labels: Iterable[str], least: int = BAR_HEIGHT) -> int:
+    """All bars are as high as the one with the longest label needs."""
+    lines = [label.count("<br>") + 1 for label in labels]
+    highest = max((LINE_HEIGHT * count + 8 for count in lines), default=0)
+    return FRAME_HEIGHT + max(least, highest) * max(1, len(lines))
 
 
 def _bars(layout: dict[str, Any]) -> dict[str, Any]:

@@ -45,11 +45,12 @@ class Figures(Part):
     """None for the reference itself, and where no step has a loss in both."""
     grad_norm_difference: Difference | None
     agreement: Agreement | None
-    """None for the reference itself, and where the curves cannot be held against each other."""
+    """Of the earliest departure in any repeat. None where the curves cannot be held against each other, and
+    for a reference that ran once."""
     repeat_difference: Difference | None
     """Between the lane's own repeats; None with one."""
     unmatched_steps: Natural
-    """Steps that only one of the two has, or whose loss is finite in only one of them."""
+    """Steps that only one of the two has, or whose loss is finite in only one of them; the worst repeat's."""
     speed: Speed | None
     """Of the repeat in the middle."""
     repeat_rates: list[float]
@@ -59,14 +60,18 @@ class Figures(Part):
     time_split: TimeSplit | None
     imbalance: float | None
     """How much longer than the mean the slowest rank's forward takes; None with one rank."""
+    device_busy: float | None
+    """Share of the time, as the devices' vendor tells: the mean over ranks and repeats."""
+    host_cores: float | None
+    """How many of the host's cores all ranks together kept busy: the mean over the repeats."""
     live: CounterFacts | None
     """Memory is that of the rank and repeat that held most."""
     reserved: CounterFacts | None
     rss: CounterFacts | None
     step_peaks: dict[str, dict[str, Natural]]
-    """Of one step at its fullest: by place, then by category."""
+    """Of one step at its fullest: by place, the fullest device first and the host last, then by category."""
     predicted: dict[str, Natural] | None
-    """Of the same step, by category, on the fullest place."""
+    """Of the same step, by category, on the fullest device."""
     loss_curve: Curve
     memory_curves: dict[str, Curve]
     """Bytes by step, by counter."""

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.measure.flops import field_speed
 from xtrain.measure.speed import PHASES, Speed, TimeSplit, imbalance
 from xtrain.records.metrics import StepRecord
 from xtrain.records.record import MatmulFacts, RankMemory, RunRecord, prediction
-from xtrain.records.summary import COUNTERS, fullest_step, largest, predicted_at
-from xtrain.report.agreement import Agreement, Difference, agreement, largest_difference
+from xtrain.records.summary import COUNTERS, busy_together, fullest_step, largest, predicted_at
+from xtrain.report.agreement import (
+    Agreement,
+    Difference,
+    agreement_of_repeats,
+    largest_difference,
+    widest,
+)
 from xtrain.report.comparison import Curve, Figures
+from xtrain.report.memory import by_importance
 from xtrain.report.runs import Run
 from xtrain.report.unlike import has_dropout
 
@@ -35,6 +42,7 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
     speeds = [speed for run in runs if (speed := sound_speed(run.record.speed))]
     middle = sorted(speeds, key=lambda speed: speed.tokens_per_second)[(len(speeds) - 1) // 2 :][:1]
     peaks = _step_peaks(memory)
+    busy = [busy_together(run.record.busy or []) for run in runs]
     figures = Figures(
         backend=short(record.backend),
         world=record.world,
@@ -51,19 +59,19 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         spec=record.spec,
         loss=record.loss,
         eval=record.eval,
-        loss_difference=None if is_reference else largest_difference(first.steps, expected.steps, "loss"),
-        grad_norm_difference=None
-        if is_reference
-        else largest_difference(first.steps, expected.steps, "grad_norm"),
+        loss_difference=None if is_reference else _difference(runs, expected, "loss"),
+        grad_norm_difference=None if is_reference else _difference(runs, expected, "grad_norm"),
         agreement=None,
-        repeat_difference=_repeat_difference(runs),
-        unmatched_steps=len(_with_loss(first) ^ _with_loss(expected)),
+        repeat_difference=_difference(runs[1:], first, "loss"),
+        unmatched_steps=max(len(_with_loss(run) ^ _with_loss(expected)) for run in runs),
         speed=middle[0] if middle else None,
         repeat_rates=[speed.tokens_per_second for speed in speeds],
         field_speed=field_speed(record, middle[0].tokens_per_second) if middle else None,
         matmul=_matmul(record.matmul),
         time_split=_mean_split([run.record.time_split for run in runs if run.record.time_split]),
         imbalance=imbalance(record.rank_seconds or []),
+        device_busy=_mean([device for device, _ in busy]),
+        host_cores=_mean([cores for _, cores in busy]),
         live=largest(memory, "live"),
         reserved=largest(memory, "reserved"),
         rss=largest(memory, "rss"),
@@ -72,9 +80,8 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         loss_curve=_curve(first.steps, lambda step: step.loss),
         memory_curves=_memory_curves(first.steps),
     )
-    if is_reference:
-        return figures
-    return figures.model_copy(update={"agreement": _agreement(figures, first, expected)})
+    difference = figures.repeat_difference if is_reference else figures.loss_difference
+    return figures.model_copy(update={"agreement": _agreement(figures, runs, expected, difference)})
 
 
 def short(text: str) -> str:
@@ -99,7 +106,7 @@ def _matmul(found: MatmulFacts | None) -> MatmulFacts | None:
 
 
 def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, int] | None:
-    """By category, at the fullest of `places`, which stands first; None where nothing was predicted there."""
+    """By category, at the first of `places`, the fullest device; None where nothing was predicted there."""
     found = predicted_at(places[0], prediction(record)) if places else None
     return _categories(found) if found else None
 
@@ -111,12 +118,15 @@ def _categories(held: Any) -> dict[str, int]:
     return {name: n for name, n in counts.items() if isinstance(n, int) and 0 <= n < 1 << 63}
 
 
-def _agreement(figures: Figures, run: Run, reference: Run) -> Agreement | None:
+def _agreement(
+    figures: Figures, runs: Sequence[Run], reference: Run, difference: Difference | None
+) -> Agreement | None:
     """None where curves cannot be held against each other: other data, dropout, no step in common."""
-    data = {run.record.data.hash, reference.record.data.hash}
-    if figures.loss_difference is None or len(data) > 1 or None in data or has_dropout(figures):
+    data = {one.record.data.hash for one in (*runs, reference)}
+    if difference is None or len(data) > 1 or None in data or has_dropout(figures):
         return None
-    return agreement(run.steps, reference.steps, _coarser(run.record, reference.record))
+    repeats = enumerate((run.steps for run in runs), start=1)
+    return agreement_of_repeats(repeats, reference.steps, _coarser(runs[0].record, reference.record))
 
 
 def _coarser(record: RunRecord, other: RunRecord) -> str:
@@ -143,10 +153,9 @@ def _with_loss(run: Run) -> set[int]:
     return {step.step for step in run.steps if step.loss is not None}
 
 
-def _repeat_difference(runs: Sequence[Run]) -> Difference | None:
-    """The largest difference of a repeat's losses from those of the first."""
-    found = [largest_difference(run.steps, runs[0].steps, "loss") for run in runs[1:]]
-    return max((one for one in found if one), key=lambda one: one.relative, default=None)
+def _difference(runs: Sequence[Run], reference: Run, key: Literal["loss", "grad_norm"]) -> Difference | None:
+    """The largest in any of `runs`."""
+    return widest(largest_difference(run.steps, reference.steps, key) for run in runs)
 
 
 def _mean_split(splits: Sequence[TimeSplit]) -> TimeSplit | None:
@@ -171,16 +180,21 @@ def _is_sound(split: TimeSplit) -> bool:
 
 
 def _step_peaks(memory: Sequence[RankMemory]) -> dict[str, dict[str, int]]:
-    """The fullest places first, and only categories that are ones."""
-    peaks = {place: _categories(held) for place, held in fullest_step(memory).items()}
-    fullest = sorted(peaks, key=lambda place: -sum(peaks[place].values()))[:MOST_PLACES]
-    return {place: peaks[place] for place in fullest}
+    """By importance, and only categories that are ones."""
+    peaks = by_importance({place: _categories(held) for place, held in fullest_step(memory).items()})
+    return dict([*peaks.items()][:MOST_PLACES])
 
 
 def _memory_curves(steps: Sequence[StepRecord]) -> dict[str, Curve]:
     keys = {"live": "live_bytes", "reserved": "reserved_bytes", "rss": "rss_bytes"}
     curves = {key: _curve(steps, lambda step, key=key: getattr(step, keys[key])) for key in COUNTERS}  # type: ignore[misc]
     return {key: curve for key, curve in curves.items() if curve.steps}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is not known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _curve(steps: Sequence[StepRecord], value: Callable[[StepRecord], float | None]) -> Curve:

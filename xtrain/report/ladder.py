@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from xtrain.report.comparison import Figures, Rung
 from xtrain.report.memory import step_bytes
-from xtrain.rungs import RUNGS
+from xtrain.rungs import RUNGS, LadderPlace
 
 
-@dataclass(frozen=True)
-class LadderLane:
-    """Which lane is which rung of whose ladder."""
-
-    lane: str
-    ladder: str
-    """The backend, with its processes."""
-    rung: int
-    """Index into RUNGS."""
-
-
-def ladder_rungs(finished: Sequence[tuple[str, Figures]], lanes: Sequence[LadderLane]) -> list[Rung]:
+def ladder_rungs(lanes: Sequence[tuple[LadderPlace, Figures | None]]) -> list[Rung]:
     """A row for each lane, also for those that did not finish; shares are of the same ladder's first rung."""
-    figures = dict(finished)
-    plain = {lane.ladder: figures.get(lane.lane) for lane in lanes if lane.rung == 0}
-    return [_rung(lane, figures.get(lane.lane), plain.get(lane.ladder)) for lane in lanes]
+    plain = {place.ladder: figures for place, figures in lanes if place.rung == 0}
+    return [_rung(place, figures, plain.get(place.ladder)) for place, figures in lanes]
 
 
-def _rung(lane: LadderLane, figures: Figures | None, plain: Figures | None) -> Rung:
-    claimed = RUNGS[lane.rung]
+def _rung(place: LadderPlace, figures: Figures | None, plain: Figures | None) -> Rung:
+    claimed = RUNGS[place.rung]
     bytes_, plain_bytes = _bytes(figures), _bytes(plain)
     rate, plain_rate = _rate(figures), _rate(plain)
     return Rung(
-        lane=lane.ladder,
+        lane=place.ladder,
         name=claimed.name,
         claimed_memory=claimed.memory,
         claimed_speed=claimed.speed,

@@ -1,14 +1,16 @@
-"""Memory as reports compare it: unlike counters never meet."""
+"""Memory as reports compare it: unlike counters never meet, nor a device's bytes and its host's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xtrain.contract import HOST
 from xtrain.records.record import CounterFacts
 from xtrain.records.summary import COUNTERS
 from xtrain.report.comparison import Figures
 
-STEP = "A step at its fullest, counted storage by storage"
+STEP = "A step at its fullest, where it is computed, counted storage by storage"
+STEP_ON_HOST = "What a step keeps on the host beside its device, counted storage by storage"
 
 
 def instruments(lanes: Sequence[tuple[str, Figures]]) -> dict[str, dict[str, int]]:
@@ -20,6 +22,9 @@ def instruments(lanes: Sequence[tuple[str, Figures]]) -> dict[str, dict[str, int
     for name, figures in lanes:
         if figures.step_peaks:
             found.setdefault(STEP, {})[name] = step_bytes(figures)
+    for name, figures in lanes:
+        if (beside := host_bytes(figures)) is not None:
+            found.setdefault(STEP_ON_HOST, {})[name] = beside
     for key, method in ((key, method) for key in COUNTERS for method in ("counter", "sampled")):
         for name, figures in lanes:
             counter: CounterFacts | None = getattr(figures, key)
@@ -28,14 +33,27 @@ def instruments(lanes: Sequence[tuple[str, Figures]]) -> dict[str, dict[str, int
     return found
 
 
+def by_importance(peaks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """A step's places: the devices first, the fullest one leading. The host leads where there is no other."""
+    order = sorted(peaks, key=lambda place: (place == HOST, -sum(peaks[place].values())))
+    return {place: peaks[place] for place in order}
+
+
+def fullest_device(figures: Figures) -> dict[str, int]:
+    """Its categories; those of the host where nothing else computes, empty where nothing was counted."""
+    return next(iter(by_importance(figures.step_peaks).values()), {})
+
+
 def step_bytes(figures: Figures) -> int:
-    """Of the fullest place."""
-    return max((sum(held.values()) for held in figures.step_peaks.values()), default=0)
+    """Of the fullest device."""
+    return sum(fullest_device(figures).values())
 
 
-def fullest_place(figures: Figures) -> dict[str, int]:
-    """Its categories; empty where nothing was counted."""
-    return max(figures.step_peaks.values(), key=lambda held: sum(held.values()), default={})
+def host_bytes(figures: Figures) -> int | None:
+    """What the host holds for a device; None where nothing was counted and where the host itself computes."""
+    if not set(figures.step_peaks) - {HOST}:
+        return None
+    return sum(figures.step_peaks.get(HOST, {}).values())
 
 
 def _title(key: str, method: str) -> str:

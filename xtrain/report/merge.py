@@ -9,7 +9,7 @@ from xtrain.errors import RequestError
 from xtrain.records.summary import plural
 from xtrain.report.build import compare_lanes
 from xtrain.report.comparison import Comparison
-from xtrain.report.runs import stored_lanes
+from xtrain.report.places import stored_lanes
 from xtrain.report.write import write_report
 
 

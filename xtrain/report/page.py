@@ -41,7 +41,7 @@ def chart_library() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise LibraryMissing(
-            "the page needs plotly, which is not installed: pip install 'xtrain[report]'"
+            "the page needs plotly, which came with xtrain and is not there any more: pip install plotly"
         ) from None
     return str(get_plotlyjs())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,17 @@ from xtrain.errors import RequestError
 from xtrain.lanes import LaneEnd, Outcome
 from xtrain.records.metrics import StepRecord, read_metrics
 from xtrain.records.record import RunRecord, load_record
-
-LANES = "lanes"
-"""The folder of a comparison that holds a folder of runs for each lane."""
+from xtrain.records.rundir import RunDirectory
+from xtrain.records.summary import format_loss, plural
+from xtrain.rungs import LadderPlace
 
 
 @dataclass(frozen=True)
 class Run:
     record: RunRecord
     steps: list[StepRecord]
+    directory: Path | None = None
+    """Where it lies."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class LaneRuns:
     """Why it did not finish."""
     runs: Sequence[Run]
     """Empty unless it finished."""
+    place: LadderPlace | None = None
+    """None where no ladder was climbed."""
 
 
 def read_run(directory: Path) -> Run:
@@ -38,12 +42,12 @@ def read_run(directory: Path) -> Run:
     record = load_record(directory)
     metrics = directory / "metrics.jsonl"
     if not metrics.exists() and record.totals.steps == 0:
-        return Run(record, [])  # it ended before its first update
-    return Run(record, read_metrics(metrics))
+        return Run(record, [], directory)  # it ended before its first update
+    return Run(record, read_metrics(metrics), directory)
 
 
 def ended_lane(name: str, ends: Sequence[tuple[LaneEnd, Path]]) -> LaneRuns:
-    """A lane that was just run, from how each repeat ended and where it lies; the first failure decides."""
+    """A lane of a comparison, from how each repeat ended and where it lies; the first failure decides."""
     runs = []
     for end, directory in ends:
         if end.outcome == "refused":
@@ -55,69 +59,35 @@ def ended_lane(name: str, ends: Sequence[tuple[LaneEnd, Path]]) -> LaneRuns:
         if end.outcome == "failed":
             return LaneRuns(name, "failed", run.record.failure or end.reason, [])
         runs.append(run)
+    if not runs:
+        return LaneRuns(name, "failed", "the comparison ended before its first run did", [])
     return LaneRuns(name, "finished", None, runs)
 
 
-def stored_lanes(places: Sequence[str]) -> list[LaneRuns]:
-    """From `PATH` or `NAME=PATH` of finished runs and of whole comparisons, in order.
+def stored_lane(name: str, directories: Sequence[Path]) -> LaneRuns:
+    """A lane of runs that ended somewhere, some time; the first that failed or was killed decides.
 
-    Runs of one name are repeats of one lane. Without a name it is the folder's, made longer until
-    it is its own. Raises RequestError for a place without a run, and for a damaged one.
+    Raises RequestError for a place without a run, and for a damaged one.
     """
-    found: dict[str, list[Path]] = {}
-    for name, paths in _named(places):
-        found.setdefault(name, []).extend(paths)
-    return [_stored_lane(name, paths) for name, paths in found.items()]
-
-
-def _stored_lane(name: str, paths: Sequence[Path]) -> LaneRuns:
-    runs = [read_run(path) for path in paths]
-    failed = next((run for run in runs if run.record.status == "failed"), None)
-    if failed is not None:
-        return LaneRuns(name, "failed", failed.record.failure or "its record does not say why", [])
+    runs = []
+    for directory in directories:
+        if killed := _killed(directory):
+            return LaneRuns(name, "failed", killed, [])
+        run = read_run(directory)
+        if run.record.status == "failed":
+            return LaneRuns(name, "failed", run.record.failure or "its record does not say why", [])
+        runs.append(run)
     return LaneRuns(name, "finished", None, runs)
 
 
-def _named(places: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
-    unnamed = [Path(place) for place in places if _split(place)[0] is None]
-    short = _short_names(unnamed)
-    for place in places:
-        given, path = _split(place)
-        name = given or short[path]
-        lanes = _lanes_of(path)
-        if lanes is None:
-            yield name, [path]
-        else:
-            prefix = f"{name}/" if given or len(places) > 1 else ""
-            yield from ((f"{prefix}{lane.name}", runs) for lane, runs in lanes)
-
-
-def _split(place: str) -> tuple[str | None, Path]:
-    """(name, path); a path that is there may itself contain the sign."""
-    name, sign, path = place.partition("=")
-    if not sign or not name or Path(place).exists():
-        return None, Path(place)
-    return name, Path(path)
-
-
-def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """By path: as many of its last parts as tell all of them apart."""
-    parts = {path: path.absolute().parts for path in paths}
-    for count in range(1, max((len(found) for found in parts.values()), default=0) + 1):
-        names = {path: "/".join(found[-count:]) for path, found in parts.items()}
-        if len(set(names.values())) == len(names):
-            return names
-    return {path: str(path) for path in paths}
-
-
-def _lanes_of(path: Path) -> list[tuple[Path, list[Path]]] | None:
-    """The lanes of a comparison's folder, each with its runs; None for anything else."""
-    folder = path / LANES
-    if not folder.is_dir() or (path / "record.json").exists():
+def _killed(directory: Path) -> str | None:
+    """Why a run directory has no record; None where it has one, and where there was no run."""
+    try:
+        files = RunDirectory.open(directory)
+    except RequestError:
         return None
-    lanes = sorted(lane for lane in folder.iterdir() if lane.is_dir())
-    runs = [(lane, sorted(record.parent for record in lane.glob("*/record.json"))) for lane in lanes]
-    found = [(lane, paths) for lane, paths in runs if paths]
-    if not found:
-        raise RequestError(f"{path}: a comparison in which no lane left a record; nothing to report")
-    return found
+    if files.record.exists():
+        return None
+    steps = read_metrics(files.metrics) if files.metrics.exists() else []
+    loss = f", the last loss {format_loss(steps[-1].loss)}" if steps else ""
+    return f"it left no record: it was killed, or still runs ({plural(len(steps), 'step')} done{loss})"

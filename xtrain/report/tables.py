@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtrain.contract import MEMORY_CATEGORIES
-from xtrain.measure.speed import PHASES
+from xtrain.measure.speed import PHASE_NAMES, PHASES, TimeSplit
 from xtrain.records.summary import (
     COUNTERS,
     NOT_MEASURED,
@@ -18,7 +18,7 @@ from xtrain.records.summary import (
 )
 from xtrain.report.agreement import Difference
 from xtrain.report.comparison import Comparison, Figures
-from xtrain.report.memory import fullest_place
+from xtrain.report.memory import fullest_device
 from xtrain.report.unlike import chosen_differences, shown
 
 Lanes = Sequence[tuple[str, Figures]]
@@ -40,6 +40,7 @@ def tables(comparison: Comparison) -> list[Table]:
         _speed(lanes),
         _field_speed(lanes),
         _time(lanes),
+        _busy(lanes),
         _memory(lanes),
         _step_memory(lanes),
         _predicted(lanes),
@@ -185,24 +186,54 @@ def _field_speed(lanes: Lanes) -> Table:
 
 
 def _time(lanes: Lanes) -> Table:
+    """Where several processes train, communication has a column, measured or not."""
     timed = [(name, figures, figures.time_split) for name, figures in lanes if figures.time_split]
-    used = [phase for phase in PHASES if any(phase in split.seconds for _, _, split in timed)]
-    several = any(figures.imbalance is not None for _, figures, _ in timed)
+    several = any(figures.world > 1 for _, figures, _ in timed)
+    used = [
+        phase
+        for phase in PHASES
+        if (several and phase == "reduce") or any(phase in split.seconds for _, _, split in timed)
+    ]
     rows = [
         [
             name,
             f"{1000 * sum(split.seconds.values()):,.1f} ms",
-            *(_share(split.shares.get(phase)) for phase in used),
+            *(_phase_share(figures, split, phase) for phase in used),
             *([_slowest(figures)] if several else []),
         ]
         for name, figures, split in timed
     ]
-    headers = ["lane", "step", *used, *(["slowest rank"] if several else [])]
+    phases = [PHASE_NAMES.get(phase, phase) for phase in used]
+    headers = ["lane", "step", *phases, *(["slowest rank"] if several else [])]
     return Table("Time of a traced step", headers, rows)
 
 
+def _phase_share(figures: Figures, split: TimeSplit, phase: str) -> str:
+    if phase == "reduce" and figures.world == 1 and phase not in split.shares:
+        return "one process"
+    return _share(split.shares.get(phase))
+
+
+def _busy(lanes: Lanes) -> Table:
+    """A device's own counter and the clock of the host's cores are unlike figures: each has its column."""
+    told = any(figures.device_busy is not None for _, figures in lanes)
+    rows = [
+        [
+            name,
+            *([_share(figures.device_busy)] if told else []),
+            NOT_MEASURED if figures.host_cores is None else f"{figures.host_cores:.1f}",
+        ]
+        for name, figures in lanes
+        if figures.host_cores is not None or figures.device_busy is not None
+    ]
+    device = ["device busy, as its vendor counts"] if told else []
+    return Table("How busy the machine was", ["lane", *device, "host cores busy, all processes"], rows)
+
+
 def _slowest(figures: Figures) -> str:
-    return "one rank" if figures.imbalance is None else format_imbalance(figures.imbalance)
+    if figures.imbalance is None:
+        return "one rank" if figures.world == 1 else NOT_MEASURED
+    return format_imbalance(figures.imbalance)
 
 
 def _memory(lanes: Lanes) -> Table:
@@ -245,7 +276,7 @@ def _predicted(lanes: Lanes) -> Table:
     for name, figures in lanes:
         if figures.predicted is None or not figures.step_peaks:
             continue
-        said, measured = sum(figures.predicted.values()), sum(fullest_place(figures).values())
+        said, measured = sum(figures.predicted.values()), sum(fullest_device(figures).values())
         error = f"{said / measured - 1:+.1%}" if measured else NOT_MEASURED
         rows.append([name, format_bytes(said), format_bytes(measured), error])
     return Table("Memory of a step, predicted and measured", ["lane", "predicted", "measured", "error"], rows)

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtrain.records.summary import NOT_MEASURED, format_bytes, format_imbalance, plural
-from xtrain.report.agreement import Departure
-from xtrain.report.comparison import Figures, LaneReport, Tone, Topic, Verdict
+from xtrain.report.comparison import Figures, LaneReport, Verdict
+from xtrain.report.losses import disagrees, losses_verdict
 from xtrain.report.memory import instruments
 from xtrain.report.noise import SINGLE_RUN_NOISE, SpeedDifference, compare_speeds, median_error
-from xtrain.report.unlike import has_dropout
+from xtrain.report.phrases import either, listed, verdict
 
 Lanes = Sequence[tuple[str, Figures]]
 
 WAITING_SHARES = {
     "data": (0.20, "waits for data", "cache the tokens, or read them from a faster drive"),
-    "reduce": (0.25, "waits for the other processes", "larger global batches, or fewer processes"),
+    "reduce": (
+        0.25,
+        "communicates, or waits for the other processes",
+        "larger global batches, or fewer processes",
+    ),
     "optimizer": (
         0.30,
         "is held up by the optimizer",
@@ -40,74 +44,7 @@ def verdicts(lanes: Lanes, unfinished: Sequence[LaneReport]) -> list[Verdict]:
         bottleneck_verdict(lanes),
         choice_verdict(lanes, unfinished),
     ]
-    return [verdict for verdict in found if verdict is not None]
-
-
-# --- do the losses agree? -----------------------------------------------------------------------
-
-
-def losses_verdict(lanes: Lanes) -> Verdict | None:
-    if len(lanes) < 2:
-        return None
-    reference, _ = lanes[0]
-    details = [text for name, figures in lanes[1:] for text in _agreement_of(name, figures, reference)]
-    details += [
-        f"{name}: its own repeats differ by at most {figures.repeat_difference.relative:.1e}"
-        for name, figures in lanes
-        if figures.repeat_difference and figures.repeat_difference.relative
-    ]
-    unlike = [name for name, figures in lanes[1:] if disagrees(figures)]
-    unknown = [name for name, figures in lanes[1:] if figures.agreement is None]
-    if unlike:
-        return _verdict(
-            "losses", "bad", f"The losses do not agree: {_listed(unlike)} left {reference}", details
-        )
-    if unknown:
-        return _verdict("losses", "plain", "Whether the losses agree cannot be told for every lane", details)
-    return _verdict("losses", "good", "The losses agree", details)
-
-
-def disagrees(figures: Figures) -> bool:
-    found = figures.agreement
-    return found is not None and (found.loss is not None or found.lr is not None)
-
-
-def _agreement_of(name: str, figures: Figures, reference: str) -> list[str]:
-    found, largest = figures.agreement, figures.loss_difference
-    if found is None or largest is None:
-        return [f"{name}: cannot be held against {reference}: {_why_unknown(figures)}"]
-    widest = f"the largest difference is {largest.relative:.1e}, at step {largest.step:,}"
-    details = []
-    if found.lr:
-        details.append(
-            f"{name}: its learning rate is another one from {_departure(found.lr)}{_change(found.lr)}"
-        )
-    if found.loss:
-        details.append(f"{name}: its loss leaves {reference}'s at {_departure(found.loss)}; {widest}")
-    if details:
-        return details
-    if not largest.relative:
-        return [f"{name}: equal to {reference} at every step"]
-    return [f"{name}: as {reference}, within rounding: {widest}"]
-
-
-def _departure(found: Departure) -> str:
-    value, reference = (
-        "no number" if number is None else f"{number:.7g}" for number in (found.value, found.reference)
-    )
-    return f"step {found.step:,}: {value} instead of {reference}"
-
-
-def _change(found: Departure) -> str:
-    if found.value is None or not found.reference:
-        return ""
-    return f" ({found.value / found.reference - 1:+.2%})"
-
-
-def _why_unknown(figures: Figures) -> str:
-    if has_dropout(figures):
-        return "dropout is on"
-    return "no step in common" if figures.loss_difference is None else "the data may differ"
+    return [one for one in found if one is not None]
 
 
 # --- which is faster? ---------------------------------------------------------------------------
@@ -128,9 +65,9 @@ def speed_verdict(lanes: Lanes) -> Verdict | None:
     equals = [name for name, difference in held if difference.is_noise]
     rate = f"{_rate(best_figures):,.0f} tokens/s"
     if len(equals) == len(held):
-        return _verdict("speed", "plain", f"No lane is faster beyond noise ({best}: {rate})", details)
+        return verdict("speed", "plain", f"No lane is faster beyond noise ({best}: {rate})", details)
     beside = f", {plural(len(equals), 'lane')} within noise of it" if equals else ""
-    return _verdict("speed", "good", f"{best} is the fastest: {rate}{beside}", details)
+    return verdict("speed", "good", f"{best} is the fastest: {rate}{beside}", details)
 
 
 def speed_difference(figures: Figures, other: Figures) -> SpeedDifference:
@@ -163,15 +100,13 @@ def memory_verdict(lanes: Lanes) -> Verdict | None:
     """By each instrument that at least two lanes share; the headline is by the first."""
     shared = [(name, held) for name, held in instruments(lanes).items() if len(held) > 1]
     if not shared:
-        return (
-            None if len(lanes) < 2 else _verdict("memory", "plain", "No two lanes counted memory alike", [])
-        )
+        return None if len(lanes) < 2 else verdict("memory", "plain", "No two lanes counted memory alike", [])
     details = [_memory_by(name, held) for name, held in shared]
     least = _leanest(shared[0][1])
     if len(least) == len(shared[0][1]):
-        return _verdict("memory", "plain", "All lanes need the same memory", details)
+        return verdict("memory", "plain", "All lanes need the same memory", details)
     need = "needs" if len(least) == 1 else "need"
-    return _verdict("memory", "good", f"{_listed(least)} {need} the least memory", details)
+    return verdict("memory", "good", f"{listed(least)} {need} the least memory", details)
 
 
 def _leanest(held: dict[str, int]) -> list[str]:
@@ -185,9 +120,15 @@ def _memory_by(instrument: str, held: dict[str, int]) -> str:
     parts = [f"{least} {format_bytes(held[least])}"]
     for name in sorted(held, key=lambda name: held[name]):
         if name != least:
-            more = f" (+{held[name] / held[least] - 1:.0%})" if held[least] else ""
-            parts.append(f"{name} {format_bytes(held[name])}{more}")
+            parts.append(f"{name} {format_bytes(held[name])}{_more(held[name], held[least])}")
     return f"{instrument}: {', '.join(parts)}"
+
+
+def _more(count: int, least: int) -> str:
+    """Than the least: in percent, in multiples from ten on."""
+    if not least:
+        return ""
+    return f" (+{count / least - 1:.0%})" if count < 10 * least else f" ({count / least:,.0f} times)"
 
 
 # --- what holds each lane up? -------------------------------------------------------------------
@@ -203,7 +144,7 @@ def bottleneck_verdict(lanes: Lanes) -> Verdict | None:
         for name, figures in lanes
         if figures.imbalance is not None and figures.imbalance >= GREAT_IMBALANCE
     ]
-    return _verdict("bottleneck", "plain", "What holds each lane up", details)
+    return verdict("bottleneck", "plain", "What holds each lane up", details)
 
 
 def _bottleneck(figures: Figures) -> tuple[str, str]:
@@ -241,13 +182,16 @@ def choice_verdict(lanes: Lanes, unfinished: Sequence[LaneReport]) -> Verdict | 
         return None
     details = [f"Not {lane.name}: {_first_words(lane)}" for lane in unfinished]
     wrong = [name for name, figures in lanes[1:] if disagrees(figures)]
+    if disagrees(lanes[0][1]):
+        first = f"First find out why {lanes[0][0]} does not learn the same twice"
+        return verdict("choice", "bad", first, details)
     if wrong:
-        first = f"First find out why {_listed(wrong)} learned something else than {lanes[0][0]}"
-        return _verdict("choice", "bad", first, details)
+        first = f"First find out why {listed(wrong)} learned something else than {lanes[0][0]}"
+        return verdict("choice", "bad", first, details)
     if len(lanes) == 1:
-        return _verdict("choice", "plain", f"{lanes[0][0]} is the only one that finished", details)
+        return verdict("choice", "plain", f"{lanes[0][0]} is the only one that finished", details)
     fast, lean = _fastest(lanes), _least_memory(lanes)
-    return _verdict("choice", "good", *_choice(dict(lanes), fast, lean, details))
+    return verdict("choice", "good", *_choice(dict(lanes), fast, lean, details))
 
 
 def _choice(
@@ -258,18 +202,18 @@ def _choice(
     if len(both) == len(lanes):
         return "Nothing measured here speaks for one lane: choose by what you know better", details
     if both:
-        return f"Choose {_or(both)}: nothing here is faster beyond noise, or needs less memory", details
+        return f"Choose {either(both)}: nothing here is faster beyond noise, or needs less memory", details
     if not fast and not lean:
         return "Too little was measured to choose", details
     if not fast or not lean:
-        return f"Choose {_or(fast or lean)} {'for speed' if fast else 'for memory'}", details
+        return f"Choose {either(fast or lean)} {'for speed' if fast else 'for memory'}", details
     leanest, fastest = _rate(lanes[lean[0]]), _rate(lanes[fast[0]])
     price = f"costs {1 - leanest / fastest:.0%} of the speed" if leanest else "was not timed"
-    either = [
-        f"Choose {_or(fast)} where it fits",
-        f"Choose {_or(lean)} where memory is short: {lean[0]} {price}",
+    choices = [
+        f"Choose {either(fast)} where it fits",
+        f"Choose {either(lean)} where memory is short: {lean[0]} {price}",
     ]
-    return f"{_or(fast)} for speed, {_or(lean)} for memory", [*either, *details]
+    return f"{either(fast)} for speed, {either(lean)} for memory", [*choices, *details]
 
 
 def _fastest(lanes: Lanes) -> list[str]:
@@ -292,15 +236,3 @@ def _least_memory(lanes: Lanes) -> list[str]:
 def _first_words(lane: LaneReport) -> str:
     reason = lane.reason or lane.outcome
     return f"it was refused: {reason}" if lane.outcome == "refused" else f"it failed: {reason}"
-
-
-def _verdict(topic: Topic, tone: Tone, headline: str, details: Sequence[str]) -> Verdict:
-    return Verdict(topic=topic, tone=tone, headline=headline, details=list(details))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-
-
-def _or(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

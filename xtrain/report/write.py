@@ -1,4 +1,4 @@
-"""A comparison as files: report.json, report.md, and report.html where the charts' library is installed."""
+"""A comparison as files: report.json, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ def write_report(out: Path, comparison: Comparison) -> None:
     try:
         write_json(out / "report.json", comparison.model_dump(mode="json"))
         write_text(out / "report.md", render_markdown(comparison))
-        try:
-            write_text(out / "report.html", render_page(comparison, chart_library()))
-        except LibraryMissing as missing:
-            print(f"note: no {out / 'report.html'}: {missing}", file=sys.stderr, flush=True)
+        _write_page(out / "report.html", comparison)
     except OSError as error:
         raise RequestError(f"cannot write the report in {out}: {error.strerror}") from error
+
+
+def _write_page(file: Path, comparison: Comparison) -> None:
+    """Without the charts' library there is no page, not an old one either: the other two files are of now."""
+    try:
+        library = chart_library()
+    except LibraryMissing as missing:
+        file.unlink(missing_ok=True)
+        print(f"note: no {file}: {missing}", file=sys.stderr, flush=True)
+        return
+    write_text(file, render_page(comparison, library))
