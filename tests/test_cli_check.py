@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.small_specs import make_spec
 from xtrain import __version__, registry
 from xtrain.cli import main
-from xtrain.contract import Problem
+from xtrain.contract import Foretells, Problem
 from xtrain.spec import locate
 
 GOOD = """\
@@ -78,7 +79,7 @@ def test_json_stands_alone_on_standard_output(good: Path, empty: Path) -> None:
     result = xtrain("check", "--json", good, empty)
     assert (result.exit_code, result.stderr) == (2, "")
     first, second = json.loads(result.stdout)
-    assert first == {"spec": str(good), "problems": [], "warnings": []}
+    assert first == {"spec": str(good), "problems": [], "warnings": [], "notes": []}
     assert second["spec"] == str(empty)
     assert len(second["problems"]) == 1
 
@@ -237,3 +238,44 @@ def test_command_that_trains_nothing_imports_neither_torch_nor_deepspeed(
     words = [word.replace("{spec}", str(good)) for word in words]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "imported [] 0", done.stderr
+
+
+def test_what_a_run_would_say_at_its_start_is_said_by_check(good: Path) -> None:
+    good.write_text(f"{GOOD}manual: {{devices: [main]}}\nmemory: {{sharding: optimizer}}\n")
+    result = xtrain("check", good, "--backend", "deepspeed")
+    notes = [
+        "memory.sharding saves nothing here: one process has nothing to shard it over",
+        "the manual section is for another backend and is not used",
+    ]
+    assert (result.exit_code, result.stderr) == (0, "".join(f"note: {note}\n" for note in notes))
+    (checked,) = json.loads(xtrain("check", "--json", good, "--backend", "deepspeed").stdout)
+    assert checked["notes"] == notes
+    assert xtrain("check", good).stderr == ""  # nobody was asked
+
+
+@pytest.mark.parametrize("backend", ["cpu", "deepspeed"])
+def test_the_notes_of_check_are_those_of_the_run(backend: str) -> None:
+    spec = make_spec(memory={"sharding": "optimizer"}, model={"factory": "a.b:c", "blocks": "layers"})
+    asked = registry.load(backend)
+    assert isinstance(asked, Foretells)
+    assert asked.notes(spec, 1) == list(asked.resolve(spec, 1).notes) != []
+
+
+def test_fp16_on_a_processor_without_it_is_a_warning_for_a_manual_backend(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xtrain.backends.host_fp16.cpu_flags", lambda: {"sse2"})
+    monkeypatch.delenv("XTRAIN_EMULATED_FP16", raising=False)
+    words = ["check", good, "--set", "precision=fp16"]
+    said = xtrain(*words, "--backend", "cpu")
+    assert said.exit_code == 0
+    assert said.stderr == (
+        "warning: --set precision=fp16: precision: found fp16, not on this machine: this processor has no "
+        "fp16 arithmetic (on a CPU avx512_fp16 or AMX); fine where the spec is for another one; here use "
+        "precision: bf16, or set XTRAIN_EMULATED_FP16=1 to have it computed slowly\n"
+    )
+    assert "precision" not in xtrain(*words, "--backend", "cuda").stderr
+    shared = ["--set", "manual={devices: [main, cpu]}"]
+    assert "precision: found fp16, not on this machine" in xtrain(*words, "--backend", "cuda", *shared).stderr
+    monkeypatch.setattr("xtrain.backends.host_fp16.cpu_flags", lambda: {"amx_fp16"})
+    assert xtrain(*words, "--backend", "cpu").stderr == ""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xtrain import registry
-from xtrain.contract import JSON, LooksAround, Problem
+from xtrain.contract import JSON, Foretells, LooksAround, Problem
 from xtrain.errors import SpecError
 from xtrain.printable import printable
 from xtrain.spec import Spec, load_spec, locate
@@ -22,6 +22,8 @@ class Checked:
     message: str
     warnings: tuple[Problem, ...] = ()
     """What is in the way on this machine only: the spec may be for another one."""
+    notes: tuple[str, ...] = ()
+    """What a run would say at its start."""
 
     def __str__(self) -> str:
         return f"error: {self.message}" if self.problems else f"{printable(str(self.path))}: {self.message}"
@@ -31,6 +33,7 @@ class Checked:
             "spec": str(self.path),
             "problems": [asdict(problem) for problem in self.problems],
             "warnings": [asdict(warning) for warning in self.warnings],
+            "notes": list(self.notes),
         }
 
 
@@ -43,9 +46,11 @@ def check_file(path: Path, overrides: Sequence[str], backend: str | None, world:
         return Checked(path, error.problems, str(error))
     missing: list[Problem] = asked.missing_here(spec) if isinstance(asked, LooksAround) else []
     warnings = locate(missing, path, overrides, world) if missing else []
+    processes = world or spec.launch.processes
+    notes: list[str] = asked.notes(spec, processes) if isinstance(asked, Foretells) else []
     on = f" on {backend}" if backend else ""
-    message = f"ok{on}: {summary(spec, world or spec.launch.processes)}"
-    return Checked(path, (), message, tuple(warnings))
+    message = f"ok{on}: {summary(spec, processes)}"
+    return Checked(path, (), message, tuple(warnings), tuple(notes))
 
 
 def summary(spec: Spec, world: int) -> str:

@@ -129,6 +129,15 @@ class LooksAround(Protocol):
         ...
 
 
+@runtime_checkable
+class Foretells(Protocol):
+    """A backend that can tell before a run what it will say of its decisions: for `xtrain check`."""
+
+    def notes(self, spec: Spec, world: int) -> list[str]:
+        """As in Resolved, a sentence each. Runs anywhere and imports nothing heavy."""
+        ...
+
+
 class ModelSource(Protocol):
     """Builds the model of a spec; the backend decides when and where."""
 
@@ -159,6 +168,15 @@ class PiecewiseSource(ModelSource, Protocol):
 
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The initial value of one parameter, on the CPU in fp32; the same as in `build`."""
+        ...
+
+
+@runtime_checkable
+class GradualSource(ModelSource, Protocol):
+    """A source that reads stored weights, and can do so one at a time."""
+
+    def build_gradually(self) -> torch.nn.Module:
+        """As `build`, in more time, for an engine that cuts up each parameter once it is registered."""
         ...
 
 

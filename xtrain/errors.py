@@ -62,3 +62,9 @@ def described(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f" (at {error.filename}:{error.lineno})"
     return f"{type(error).__name__}: {error}{where}"
+
+
+def is_about_memory(error: BaseException) -> bool:
+    """Whether a device or the host was full: who asked for the memory then has nothing to mend."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said

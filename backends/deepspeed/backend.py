@@ -12,7 +12,7 @@ from xtrain.measure.machine import host_room_bytes
 
 from .environment import announce_compilation, facts, prepare, probe
 from .imports import import_config
-from .overrides import override_problems
+from .overrides import override_notes, override_problems
 from .standalone import find_standalone_problems, standalone_settings
 from .support import find_idle, find_notes, find_problems, find_spec_problems
 from .translate import declared_settings, engine_settings, translate
@@ -41,12 +41,14 @@ class DeepSpeedBackend:
     def problems(self, spec: Spec, world: int) -> list[Problem]:
         return find_problems(spec, world)
 
+    def notes(self, spec: Spec, world: int) -> list[str]:
+        return [*find_notes(spec), *find_idle(spec, world).values()]
+
     def resolve(self, spec: Spec, world: int) -> Resolved:
         ds_config = translate(spec, world)
         settings: dict[str, JSON] = {"zero_stage": stage_of(spec), "ds_config": ds_config}
-        idle = find_idle(spec, world)
-        notes, files = [*find_notes(spec), *idle.values()], {"ds_config.json": ds_config}
-        return Resolved(self.name, spec, world, settings, notes, files, list(idle))
+        files, idle = {"ds_config.json": ds_config}, list(find_idle(spec, world))
+        return Resolved(self.name, spec, world, settings, self.notes(spec, world), files, idle)
 
     def translation(self, spec: Spec, world: int) -> list[Setting]:
         return engine_settings(spec, world)
@@ -56,6 +58,9 @@ class DeepSpeedBackend:
 
     def override_problems(self, spec: Spec, world: int) -> list[Problem]:
         return list(override_problems(spec, world, declared_settings(spec, world)))
+
+    def override_notes(self, spec: Spec) -> list[str]:
+        return list(override_notes(spec).values())
 
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         return standalone_settings(spec, world)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
-from xtrain.contract import ModelSource, PiecewiseSource
+from xtrain.contract import GradualSource, Job, ModelSource, PiecewiseSource
+
+from .cutting import CannotCut, Cutter
+
+Value = Callable[[str, nn.Parameter], torch.Tensor]
+"""The initial value of a parameter, on the CPU in fp32; collective."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +27,53 @@ class Built:
     decayed: frozenset[str]
     """Names of the parameters that weight decay applies to."""
     parameter_count: int
+    notes: Sequence[str] = ()
 
 
-def build(source: ModelSource, ds_config: Mapping[str, Any], stage: int) -> Built:
-    """Collective. Without a piecewise source every rank holds the whole until DeepSpeed cuts it up."""
-    if stage == 3 and isinstance(source, PiecewiseSource):
+def build(source: ModelSource, ds_config: Mapping[str, Any], stage: int, job: Job) -> Built:
+    """Collective. Under stage 3 a rank holds its pieces and about one parameter, or a note says why not."""
+    if stage != 3:
+        model = source.build()
+        return Built(model, *_facts(source, model))
+    if isinstance(source, PiecewiseSource):
         model = source.skeleton()
         facts = _facts(source, model)
-        _fill_in_pieces(model, source, ds_config)
-    else:
-        model = source.build()
+        pieces = source
+        _partition(model, lambda name, meta: pieces.weight(name, tuple(meta.shape)), ds_config)
+        return Built(model, *facts)
+    with _host_group(job) as group:
+        model, value, notes = _build_cut_up(source, job, group)
         facts = _facts(source, model)
-    return Built(model, *facts)
+        _partition(model, value, ds_config)
+    return Built(model, *facts, notes)
+
+
+def _build_cut_up(
+    source: ModelSource, job: Job, group: dist.ProcessGroup | None
+) -> tuple[nn.Module, Value, Sequence[str]]:
+    """The model by its own code, each parameter's value, and what is to be said of it."""
+    if job.world > 1:
+        cutter = Cutter(job.rank, job.world, group)
+        try:
+            with cutter.building():
+                model = source.build_gradually() if isinstance(source, GradualSource) else source.build()
+            return model, lambda name, cut: cutter.whole(cut), ()
+        except CannotCut as why:
+            notes = [f"each process builds the whole model before it is cut up: {why}"]
+    else:
+        notes = []  # one process has all of it anyway
+    return source.build(), lambda name, whole: whole.data, notes
+
+
+@contextmanager
+def _host_group(job: Job) -> Iterator[dist.ProcessGroup | None]:
+    """For tensors in the host's memory, whatever the devices talk through."""
+    if job.world == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo")
+    yield group
+    dist.destroy_process_group(group)
 
 
 def _facts(source: ModelSource, model: nn.Module) -> tuple[frozenset[str], int]:
@@ -39,20 +82,22 @@ def _facts(source: ModelSource, model: nn.Module) -> tuple[frozenset[str], int]:
     return decayed, sum(parameter.numel() for _, parameter in named)
 
 
-def _fill_in_pieces(model: nn.Module, source: PiecewiseSource, ds_config: Mapping[str, Any]) -> None:
-    """Draw each parameter of a skeleton, and keep this rank's piece before the next is drawn.
+def _partition(model: nn.Module, value: Value, ds_config: Mapping[str, Any]) -> None:
+    """Make each parameter DeepSpeed's, and keep this rank's piece before the next is looked at.
 
-    zero.Init as a context would do this too, but with weights that the modules' own constructors draw.
+    zero.Init as a context would do this too, but on the GPU, and a model's code that draws weights after
+    a module was made, or computes with them, would find empty tensors.
     """
     from deepspeed.runtime.zero import Init
 
     partitioner = Init(config_dict_or_path=dict(ds_config))
-    for name, meta in list(model.named_parameters()):
-        drawn = source.weight(name, tuple(meta.shape)).to(partitioner.dtype)
-        parameter = nn.Parameter(drawn, requires_grad=meta.requires_grad)
-        del drawn
+    for name in [name for name, _ in model.named_parameters()]:
+        old = model.get_parameter(name)
+        parameter = nn.Parameter(value(name, old).to(partitioner.dtype), requires_grad=old.requires_grad)
         partitioner._convert_to_zero_parameters([parameter])
-        _replace(model, meta, parameter)
+        _replace(model, old, parameter)
+    for buffer in model.buffers():  # DeepSpeed leaves a model that is cut up where it is
+        buffer.data = buffer.data.to(partitioner.local_device)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

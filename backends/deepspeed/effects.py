@@ -27,7 +27,8 @@ class Condition:
     """What of a spec makes DeepSpeed read a key."""
 
     met: Callable[[Spec], bool]
-    expected: str
+    only: str
+    """As it ends the sentence "DeepSpeed reads it only ..."."""
     remedy: str
 
 
@@ -36,46 +37,42 @@ def _on_drive(spec: Spec) -> set[str]:
     return {name for name in ("optimizer", "parameters") if getattr(offload, name).device == "nvme"}
 
 
-SHARDED = Condition(
-    lambda spec: stage_of(spec) > 0, "expected only from ZeRO stage 1 on", "set memory.sharding"
-)
+SHARDED = Condition(lambda spec: stage_of(spec) > 0, "from ZeRO stage 1 on", "set memory.sharding")
 EARLY = Condition(
     lambda spec: stage_of(spec) in (1, 2),
-    "expected only at ZeRO stages 1 and 2",
+    "at ZeRO stages 1 and 2",
     "set memory.sharding: gradients",
 )
-LATE = Condition(
-    lambda spec: stage_of(spec) == 3, "expected only at ZeRO stage 3", "set memory.sharding: parameters"
-)
+LATE = Condition(lambda spec: stage_of(spec) == 3, "at ZeRO stage 3", "set memory.sharding: parameters")
 OPTIMIZER_AWAY = Condition(
     lambda spec: offload_of(spec).optimizer.enabled,
-    "expected only with an offloaded optimizer",
+    "with an offloaded optimizer",
     "set memory.offload.optimizer",
 )
 OPTIMIZER_SWAPPED = Condition(
     lambda spec: "optimizer" in _on_drive(spec),
-    "expected only with the optimizer on a drive",
+    "with the optimizer on a drive",
     "set memory.offload.optimizer: {device: nvme, path: ...}",
 )
 PARAMETERS_AWAY = Condition(
     lambda spec: offload_of(spec).parameters.enabled,
-    "expected only with offloaded parameters",
+    "with offloaded parameters",
     "set memory.offload.parameters",
 )
 PARAMETERS_SWAPPED = Condition(
     lambda spec: "parameters" in _on_drive(spec),
-    "expected only with the parameters on a drive",
+    "with the parameters on a drive",
     "set memory.offload.parameters: {device: nvme, path: ...}",
 )
 SWAPPED = Condition(
     lambda spec: bool(_on_drive(spec)),
-    "expected only with something on a drive",
+    "with something on a drive",
     "set memory.offload.optimizer: {device: nvme, path: ...}",
 )
 
 LOUD = Condition(
     lambda spec: (spec.deepspeed or {}).get("log_level") in ("debug", "info"),
-    "expected only with log_level: info, as DeepSpeed's messages are off otherwise",
+    "with log_level: info, as its messages are off otherwise",
     "set deepspeed.log_level",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,7 @@ from xtrain.measure.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
+from ..full import full_place
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
@@ -59,8 +60,6 @@ from .zero import offload_of, stage_of
 class DeepSpeedEngine:
     """Implements xtrain.contract.Engine on a deepspeed.DeepSpeedEngine."""
 
-    notes: Sequence[str] = ()
-
     def __init__(self, resolved: Resolved, source: ModelSource, job: Job) -> None:
         import deepspeed
 
@@ -78,7 +77,8 @@ class DeepSpeedEngine:
             require_fp16(self.device)
         self.data_rank, self.data_size = job.rank, job.world
         self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
-        built = build(source, self.drive.config, self.stage)
+        built = build(source, self.drive.config, self.stage, job)
+        self.notes: Sequence[str] = built.notes
         self.parameter_count = built.parameter_count
         compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)
@@ -267,21 +267,26 @@ class DeepSpeedEngine:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
         return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    @contextmanager
-    def _watch_memory(self, moment: Moment) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(str(self.device), self.memory(), moment) from error
+    def _watch_memory(self, moment: Moment) -> AbstractContextManager[None]:
+        return watch_memory(self.device, moment, self.holdings)
 
 
 def start_engine(resolved: Resolved, source: ModelSource, job: Job) -> DeepSpeedEngine:
     """Raises OutOfMemory where the model does not fit."""
-    try:
+    with watch_memory(device_of(job), "start", dict):
         return DeepSpeedEngine(resolved, source, job)
-    except torch.OutOfMemoryError as error:
-        device = device_of(job)
-        raise OutOfMemory(str(device), memory_of(device, {}), "start") from error
+
+
+@contextmanager
+def watch_memory(device: torch.device, moment: Moment, held: Callable[[], Holdings]) -> Iterator[None]:
+    """Raises OutOfMemory, with what is `held`, where `device` or the host is full."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = full_place(error, device)
+        if full is None:
+            raise
+        raise OutOfMemory(full, memory_of(torch.device(full), held()), moment) from error
 
 
 def memory_of(device: torch.device, holdings: Holdings) -> Memory:

@@ -12,7 +12,7 @@ from xtrain.spec.tree import Spec
 
 from .known_keys import KNOWN, REMOVED
 from .leaves import Leaves, says_nothing
-from .overrides import FIXED, OWNERS, nearest, override_problems
+from .overrides import FIXED, OWNERS, idle_overrides, nearest, override_problems
 from .translate import declared_settings, engine_settings
 
 SILENT = ("zero_allow_untested_optimizer", "zero_optimization.memory_efficient_linear")
@@ -52,11 +52,12 @@ def _honoured(wanted: dict[str, Any], tree: Tree, found: Leaves) -> Tree:
     rest: Tree = {}
     placed(rest, wanted)
     spec, world = _spec({**tree, "deepspeed": rest}, {"preset": "gpt2"}), _world(tree)
-    refused = {one.path: one for one in override_problems(spec, world, declared_settings(spec, world))}
+    problems = override_problems(spec, world, declared_settings(spec, world))
+    reasons = {one.path: one.expected for one in problems} | idle_overrides(spec)
     honoured: Tree = {}
     for key, value in wanted.items():
-        if problem := refused.get(f"deepspeed.{key}"):
-            found.left_out.append(f"{key}: {shown(value)}: {problem.expected}")
+        if reason := reasons.get(f"deepspeed.{key}"):
+            found.left_out.append(f"{key}: {shown(value)}: {reason}")
         else:
             placed(honoured, {key: value})
     return honoured

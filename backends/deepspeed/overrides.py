@@ -108,11 +108,12 @@ FIXED = {
 def merge(settings: Iterable[Setting], spec: Spec) -> list[Setting]:
     """The settings with the overrides in their places, or at the end.
 
-    Keys that repeat the spec are left as they are: they agree, or were refused.
+    Keys that repeat the spec are left as they are: they agree, or were refused. Those that DeepSpeed would
+    not read here are left out (idle_overrides).
     """
     merged = {setting.key: setting for setting in settings}
     for key, value in leaves(spec.deepspeed or {}):
-        if covering(key, OWNERS) is None and covering(key, FIXED) is None:
+        if _is_free(key) and unmet(key, spec) is None:
             merged[key] = Setting(key, value, (f"deepspeed.{key}",))
     return list(merged.values())
 
@@ -131,13 +132,13 @@ def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 
 def override_problems(spec: Spec, world: int, declared: Iterable[Setting]) -> Iterator[Problem]:
-    """What of `deepspeed:` is unknown, of a wrong type, without effect, or contradicts the spec.
+    """What of `deepspeed:` is unknown, of a wrong type, without sense, or contradicts the spec.
 
     `declared` is what the rest of the spec says, as settings.
     """
     says = {setting.key: setting.value for setting in declared}
     for key, value in leaves(spec.deepspeed or {}):
-        found = _misfit(key, value) or _contradiction(key, value, says) or _pointless(key, value, spec, world)
+        found = _misfit(key, value) or _contradiction(key, value, says) or _senseless(key, value, spec, world)
         if found is not None:
             yield Problem(f"deepspeed.{key}", shown(value), *found)
 
@@ -168,13 +169,30 @@ def _contradiction(key: str, value: Any, says: Mapping[str, JSON]) -> tuple[str,
     return f"expected {decided} {OWNERS[owner]}", f"leave it out, or change {OWNERS[owner]}"
 
 
-def _pointless(key: str, value: Any, spec: Spec, world: int) -> tuple[str, str] | None:
-    """What is wrong with a key that DeepSpeed knows and does not read here, or with its value here."""
-    if covering(key, OWNERS):
+def _senseless(key: str, value: Any, spec: Spec, world: int) -> tuple[str, str] | None:
+    """What is wrong with the value of a key that DeepSpeed reads here."""
+    if not _is_free(key) or unmet(key, spec) is not None:
         return None
-    if condition := unmet(key, spec):
-        return f"{condition.expected}: it has no effect here", f"leave it out, or {condition.remedy}"
     return unfit(key, value, spec, world)
+
+
+def idle_overrides(spec: Spec) -> dict[str, str]:
+    """Overrides that DeepSpeed knows and does not read here, such as another stage's, with the reason."""
+    return {
+        f"deepspeed.{key}": f"DeepSpeed reads it only {condition.only}: leave it out, or {condition.remedy}"
+        for key, _ in leaves(spec.deepspeed or {})
+        if key in KNOWN and _is_free(key) and (condition := unmet(key, spec)) is not None
+    }
+
+
+def override_notes(spec: Spec) -> dict[str, str]:
+    """The same as sentences for people."""
+    return {key: f"{key} does nothing here: {reason}" for key, reason in idle_overrides(spec).items()}
+
+
+def _is_free(key: str) -> bool:
+    """Whether it is said nowhere else, and is the user's to set."""
+    return covering(key, OWNERS) is None and covering(key, FIXED) is None
 
 
 def _agrees(value: Any, said: JSON) -> bool:

@@ -16,7 +16,7 @@ from .apple import mac_notes, mac_problems, macos_version, on_mac
 from .environment import sees_gpu
 from .fp16 import fp16_problems
 from .nvme import nvme_problems
-from .overrides import override_problems
+from .overrides import override_notes, override_problems
 from .translate import declared_settings
 from .zero import STAGES, offload_of, stage_of
 
@@ -63,8 +63,8 @@ def find_notes(spec: Spec) -> list[str]:
         notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
     if stage_of(spec) == 3 and spec.model.preset is None:
         notes.append(
-            "each process builds the whole model on the CPU before DeepSpeed cuts it up, and how much is "
-            "gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known beforehand"
+            "how much is gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known "
+            "beforehand"
         )
     return notes
 
@@ -85,7 +85,7 @@ def find_idle(spec: Spec, world: int) -> dict[str, str]:
         found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"
     if spec.manual is not None:
         found["manual"] = "the manual section is for another backend and is not used"
-    return found
+    return found | override_notes(spec)
 
 
 def _compile(spec: Spec) -> Iterator[Problem]:

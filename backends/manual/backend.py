@@ -40,7 +40,10 @@ class ManualBackend:
         return find_problems(spec, world, self.name)
 
     def missing_here(self, spec: Spec) -> list[Problem]:
-        return list(missing_here(spec))
+        return list(missing_here(spec, self.name))
+
+    def notes(self, spec: Spec, world: int) -> list[str]:
+        return [*compile_notes(spec), *find_idle(spec, self.name).values()]
 
     def resolve(self, spec: Spec, world: int) -> Resolved:
         from .devices import device_of
@@ -57,9 +60,8 @@ class ManualBackend:
                 for name in (["cpu"] if offload_of(spec).optimizer.enabled else names)
             ),
         }
-        idle = find_idle(spec, self.name)
-        notes = [*compile_notes(spec), *idle.values()]
-        return Resolved(self.name, spec, world, settings, notes, idle=list(idle))
+        idle = list(find_idle(spec, self.name))
+        return Resolved(self.name, spec, world, settings, self.notes(spec, world), idle=idle)
 
     def layout(self, spec: Spec, world: int, device: str) -> Places | None:
         from .layout import layout_of

@@ -16,6 +16,9 @@ from xtrain.allocator import keep_freed_memory
 from xtrain.contract import JSON, Availability, Counter
 from xtrain.measure.machine import host_room_bytes
 
+from ..full import APPLE_IS_FULL, CUDA_IS_FULL, host_is_full
+from ..host_fp16 import INSTEAD, LACKS, is_emulated
+
 
 class Device(ABC):
     """What the engine needs to know of a device."""
@@ -72,16 +75,9 @@ class Device(ABC):
         return isinstance(error, torch.OutOfMemoryError) and str(self.torch_device) in str(error)
 
 
-EMULATED_FP16 = "XTRAIN_EMULATED_FP16"
-NO_FP16 = (
-    "this CPU has no fp16 arithmetic (avx512_fp16 or AMX); use precision: bf16, "
-    f"or set {EMULATED_FP16}=1 to have it computed slowly"
-)
-
-
 def cpu_computes_fp16() -> bool:
     """In hardware, as far as torch can tell; or slowly, where someone asked for it."""
-    if os.environ.get(EMULATED_FP16) == "1":
+    if is_emulated():
         return True
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -122,16 +118,13 @@ class Cpu(Device):
         }
 
     def lacks(self, dtype: str) -> str:
-        return "" if dtype != "fp16" or cpu_computes_fp16() else NO_FP16
+        return "" if dtype != "fp16" or cpu_computes_fp16() else f"{LACKS}; {INSTEAD}"
 
     def limit_bytes(self) -> int | None:
         return host_room_bytes()
 
     def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
-        return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-
-
-CUDA_IS_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        return host_is_full(error)
 
 
 class Cuda(Device):
@@ -243,7 +236,7 @@ class Mps(Device):
         return torch.mps.recommended_max_memory()
 
     def is_out_of_memory(self, error: RuntimeError | MemoryError) -> bool:
-        return "MPS backend out of memory" in str(error)
+        return APPLE_IS_FULL in str(error)
 
     def random_state(self) -> dict[str, JSON]:
         return {**super().random_state(), "mps": _encode(torch.mps.get_rng_state())}

@@ -1,4 +1,4 @@
-"""Which of `manual.devices` this machine has not, as far as can be seen without loading torch."""
+"""What of a spec this machine has not, as far as can be seen without loading torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 
+from ..host_fp16 import INSTEAD, LACKS, surely_lacks_fp16
+from .support import device_names
+
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 """What there is where torch's `cuda` may work: NVIDIA's driver, Windows' for Linux, a Jetson's; AMD's."""
+ELSEWHERE = "fine where the spec is for another one; here"
 
 
-def missing_here(spec: Spec) -> Iterator[Problem]:
-    """Whether a device that may be there can really be used is seen when a run starts."""
+def missing_here(spec: Spec, main: str) -> Iterator[Problem]:
+    """Whether what may be there can be used is seen when a run starts; `main` is the backend's device."""
     for name in dict.fromkeys((spec.manual.devices if spec.manual else None) or []):
         if reason := _absent(name):
-            nearest = "fine where the spec is for another one; here use main or cpu"
-            yield Problem("manual.devices", name, f"not on this machine: {reason}", nearest)
+            expected = f"not on this machine: {reason}"
+            yield Problem("manual.devices", name, expected, f"{ELSEWHERE} use main or cpu")
+    on_cpu = "cpu" in device_names(spec, main)
+    if spec.precision.dtype == "fp16" and on_cpu and surely_lacks_fp16():
+        yield Problem("precision", "fp16", f"not on this machine: {LACKS}", f"{ELSEWHERE} {INSTEAD}")
 
 
 def _absent(name: str) -> str:

@@ -1,21 +1,25 @@
 """Counts what stage 3 holds on one rank: while it is built, loaded, and trained.
 
-    python -m tests.backends.partitioned_worker OUT.json
+    python -m tests.backends.partitioned_worker OUT.json FOLDER
 
-under torch.distributed.run with two processes.
+under torch.distributed.run with two processes; FOLDER has the models of `kinds`.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from xtrain import registry
 from xtrain.contract import Batch, Job, StateKind, StepInput
@@ -36,10 +40,14 @@ GATHER_ALL = {
 """DeepSpeed's own defaults."""
 
 
-def make_spec(overrides: dict[str, Any] | None = None) -> Spec:
+PRESET = {"preset": "gpt2-nano", "layers": 8, "hidden": 128, "heads": 4, "positions": 64}
+VOCABULARY = 257
+
+
+def make_spec(overrides: dict[str, Any] | None = None, model: dict[str, Any] = PRESET) -> Spec:
     return Spec.model_validate(
         {
-            "model": {"preset": "gpt2-nano", "layers": 8, "hidden": 128, "heads": 4, "positions": 64},
+            "model": model,
             "data": {"source": "synthetic", "seq_len": 16, "tokens": 20_000},
             "batch": {"global": 4, "micro": 1},
             "train": {"steps": STEPS},
@@ -64,17 +72,73 @@ def peak_bytes(ledger: Ledger) -> int:
     return sum(ledger.peaks["cpu"].values())  # tensors on meta have a size and no memory
 
 
-def construct(spec: Spec, job: Job, vocabulary: int) -> dict[str, int]:
-    """The most bytes alive while the model is cut up, and what is left of it."""
+class AliveBytes(TorchDispatchMode):
+    """The most bytes in the host's memory at one time, looked at before and after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: dict[int, weakref.ref[Any]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.look((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        self.look(result)
+        return result
+
+    def look(self, values: Any) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.storages[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
+        alive = {key: storage() for key, storage in self.storages.items()}
+        self.storages = {key: self.storages[key] for key, storage in alive.items() if storage is not None}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values() if storage is not None))
+
+
+def construct(spec: Spec, job: Job) -> dict[str, Any]:
+    """The most bytes alive while the model is made and cut up, what is left, and what of it is wrong."""
+    from deepspeed.runtime.zero import GatheredParameters
+
     from backends.deepspeed.construct import build
 
     backend = registry.load("deepspeed")
     config: Any = backend.resolve(spec, job.world).settings["ds_config"]
-    ledger = Ledger(dict)
-    with ledger.open():
-        built = build(model_source(spec, vocabulary), config, 3)
+    source, alive = model_source(spec, VOCABULARY), AliveBytes()
+    with alive:
+        built = build(source, config, 3, job)
+    gc.collect()
     pieces: list[torch.Tensor] = [p.ds_tensor for p in built.model.parameters()]  # type: ignore[attr-defined]
-    return {"peak": peak_bytes(ledger), "kept": sum(t.numel() * t.element_size() for t in pieces)}
+    whole, wrong = model_source(spec, VOCABULARY).build(), []
+    for (name, expected), parameter in zip(whole.named_parameters(), built.model.parameters(), strict=True):
+        with GatheredParameters([parameter]):
+            if not torch.equal(parameter.data, expected):
+                wrong.append(name)
+    buffers = dict(built.model.named_buffers())
+    wrong += [name for name, value in whole.named_buffers() if not torch.equal(value, buffers[name])]
+    return {
+        "peak": alive.peak,
+        "kept": sum(t.numel() * t.element_size() for t in pieces),
+        "whole": 4 * built.parameter_count,
+        "largest": 4 * max(p.numel() for p in whole.parameters()),
+        "wrong": wrong,
+        "notes": [*built.notes, *source.notes],
+    }
+
+
+def kinds(folder: Path) -> dict[str, dict[str, Any]]:
+    """Ways to say which model, by what they are called here."""
+    factory = "tests.backends.built_models:"
+    return {
+        "preset": PRESET,
+        "preset from a folder": {**PRESET, "init_from": str(folder / "preset")},
+        "factory": {"factory": f"{factory}thorough"},
+        "learning": {"factory": f"{factory}learning"},
+        "unequal": {"factory": f"{factory}unequal"},
+        "hf": {"hf": str(folder / "llama")},
+        "hf with weights": {"hf": str(folder / "stored")},
+        "hf under other names": {"hf": str(folder / "renamed")},
+        "hf from a folder": {"hf": str(folder / "llama"), "init_from": str(folder / "stored")},
+    }
 
 
 def train(spec: Spec, job: Job) -> dict[str, Any]:
@@ -138,8 +202,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = Job(rank, rank, world, world)
-    report = {"trained": train(make_spec(), job), "unbounded": train(make_spec(GATHER_ALL), job)}
-    report["constructed"] = construct(make_spec(), job, 257)
+    report: dict[str, Any] = {
+        "trained": train(make_spec(), job),
+        "unbounded": train(make_spec(GATHER_ALL), job),
+        "constructed": {
+            kind: construct(make_spec(model=model), job) for kind, model in kinds(Path(sys.argv[2])).items()
+        },
+    }
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(report))
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from backends.deepspeed import environment, fp16
+from backends import host_fp16 as fp16
+from backends.deepspeed import environment
 from backends.deepspeed.fp16 import fp16_problems
 from backends.deepspeed.nvme import find_libaio, nvme_problems
 from tests.small_specs import make_spec
@@ -148,7 +149,7 @@ def test_activations_do_not_go_to_a_drive(tmp_path: Path) -> None:
 
 def test_check_asks_for_fp16_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{INSTALLED}.environment.GPU_FILES", ())
-    monkeypatch.setattr(f"{INSTALLED}.fp16.cpu_flags", lambda: {"sse2"})
+    monkeypatch.setattr("xtrain.backends.host_fp16.cpu_flags", lambda: {"sse2"})
     monkeypatch.delenv(fp16.EMULATED, raising=False)
     assert [problem.path for problem in BACKEND.problems(make_spec(precision="fp16"), 1)] == ["precision"]
 

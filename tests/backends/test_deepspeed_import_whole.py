@@ -143,8 +143,10 @@ def test_what_has_no_effect_at_the_imported_stage_is_listed_with_the_reason(tmp_
     zero = {"stage": 2, "sub_group_size": 5}
     found = import_of(tmp_path, {**PLAIN, "zero_optimization": zero, "aio": {"queue_depth": 3}})
     assert list(found.left_out) == [
-        "zero_optimization.sub_group_size: 5: expected only at ZeRO stage 3: it has no effect here",
-        "aio.queue_depth: 3: expected only with something on a drive: it has no effect here",
+        "zero_optimization.sub_group_size: 5: DeepSpeed reads it only at ZeRO stage 3: leave it out, or set "
+        "memory.sharding: parameters",
+        "aio.queue_depth: 3: DeepSpeed reads it only with something on a drive: leave it out, or set "
+        "memory.offload.optimizer: {device: nvme, path: ...}",
     ]
 
 

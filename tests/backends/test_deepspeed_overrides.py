@@ -15,6 +15,7 @@ from backends.deepspeed.known_keys import KNOWN
 from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
+from xtrain.contract import Resolved
 from xtrain.exchange.translate import find_translator
 from xtrain.exchange.translation import placed
 
@@ -25,6 +26,10 @@ def config_with(overrides: dict[str, Any], **sections: Any) -> dict[str, Any]:
     spec = make_spec(deepspeed=overrides, **sections)
     assert BACKEND.problems(spec, 1) == []
     return cast(dict[str, Any], BACKEND.resolve(spec, 1).settings["ds_config"])
+
+
+def resolved_with(overrides: dict[str, Any], **sections: Any) -> Resolved:
+    return BACKEND.resolve(make_spec(deepspeed=overrides, **sections), 1)
 
 
 def problems_with(overrides: dict[str, Any], **sections: Any) -> list[str]:
@@ -192,21 +197,30 @@ NO_EFFECT: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "without", "with_"), NO_EFFECT, ids=[case[0] for case in NO_EFFECT])
-def test_what_would_have_no_effect_is_told_where_it_has_none(
+def test_what_would_have_no_effect_is_left_out_and_told(
     key: str, value: Any, without: dict[str, Any], with_: dict[str, Any]
 ) -> None:
-    (message,) = override_messages(overrides_at(key, value), **without)
-    assert message.startswith(f"deepspeed.{key}: found ")
-    assert "it has no effect here; leave it out, or set memory." in message
-    assert override_messages(overrides_at(key, value), **with_) == []
+    """So one file can be run at several stages."""
+    overrides = overrides_at(key, value)
+    assert override_messages(overrides, **without) == override_messages(overrides, **with_) == []
+    idle, plain = resolved_with(overrides, **without), resolved_with({}, **without)
+    assert idle.settings == plain.settings
+    assert list(idle.idle) == [*plain.idle, f"deepspeed.{key}"]
+    (note,) = set(idle.notes) - set(plain.notes)
+    assert note.startswith(f"deepspeed.{key} does nothing here: DeepSpeed reads it only ")
+    assert ": leave it out, or set memory." in note
+    read = resolved_with(overrides, **with_)
+    assert f"deepspeed.{key}" not in read.idle
+    assert read.settings != resolved_with({}, **with_).settings
 
 
 def test_what_deepspeed_only_logs_has_no_effect_while_its_messages_are_off() -> None:
-    assert override_messages({"steps_per_print": 5}) == [
-        "deepspeed.steps_per_print: found 5, expected only with log_level: info, as DeepSpeed's messages are "
-        "off otherwise: it has no effect here; leave it out, or set deepspeed.log_level"
-    ]
-    assert override_messages({"steps_per_print": 5, "log_level": "info"}) == []
+    (note,) = set(resolved_with({"steps_per_print": 5}).notes) - set(resolved_with({}).notes)
+    assert note == (
+        "deepspeed.steps_per_print does nothing here: DeepSpeed reads it only with log_level: info, as its "
+        "messages are off otherwise: leave it out, or set deepspeed.log_level"
+    )
+    assert config_with({"steps_per_print": 5, "log_level": "info"})["steps_per_print"] == 5
 
 
 def test_weights_of_16_bits_are_sharded_and_take_overrides_of_stage_1() -> None:

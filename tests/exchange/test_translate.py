@@ -102,3 +102,23 @@ def test_what_only_another_machine_has_is_no_reason_to_refuse(spec: Path, elsewh
     assert translate(spec, *words).exit_code == 0
     checked = CliRunner().invoke(main, ["check", str(spec), *words])
     assert f"{elsewhere}: found " in checked.stderr
+
+
+@pytest.mark.parametrize("form", [[], ["--standalone"]], ids=str)
+def test_under_memory_auto_it_is_said_that_another_config_may_be_chosen(spec: Path, form: list[str]) -> None:
+    spec.write_text(SPEC.partition("memory:")[0] + "memory: auto\n")
+    done = translate(spec, *form)
+    assert done.exit_code == 0
+    assert done.stdout == translate(spec, "--set", "memory={}", *form).stdout
+    assert done.stderr.startswith("note: memory: auto chooses techniques when a run starts")
+
+
+def test_overrides_of_another_stage_are_left_out_and_said(spec: Path) -> None:
+    other = "deepspeed={zero_optimization: {overlap_comm: false, stage3_max_reuse_distance: 5}}"
+    done = translate(spec, "--set", other)
+    assert (done.exit_code, done.stdout) == (0, translate(spec).stdout)
+    assert done.stderr == (
+        "note: deepspeed.zero_optimization.stage3_max_reuse_distance does nothing here: DeepSpeed reads it "
+        "only at ZeRO stage 3: leave it out, or set memory.sharding: parameters\n"
+    )
+    assert "5" in translate(spec, "--set", other, "--set", "memory.sharding=parameters").stdout

@@ -107,7 +107,7 @@ def import_state(folder: Path, form: Form, spec: Spec, out: Path) -> ImportedSta
     """
     data = open_data(spec, show_progress=True)
     source = model_source(_starting_from(spec, folder) if form == "hf" else spec, data.vocab_size)
-    model = source.skeleton() if isinstance(source, PiecewiseSource) else source.build()
+    model = source.skeleton() if form != "hf" and isinstance(source, PiecewiseSource) else source.build()
     found = BuiltState(model) if form == "hf" else keeper_of(form, writes=False).open_state(folder, form)
     tensors = Tensors(model, found, spec, folder)
     layout = tensors.layout()

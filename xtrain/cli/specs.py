@@ -9,6 +9,7 @@ import click
 
 from xtrain.cli.options import SET, SPEC
 from xtrain.errors import EXIT_DONE, EXIT_REQUEST
+from xtrain.printable import printable
 
 
 @click.command()
@@ -31,6 +32,8 @@ def check(
             click.echo(str(result), err=bool(result.problems))
             for warning in result.warnings:
                 click.echo(f"warning: {warning}", err=True)
+            for note in result.notes:
+                click.echo(f"note: {printable(note)}", err=True)
     raise SystemExit(EXIT_REQUEST if any(result.problems for result in results) else EXIT_DONE)
 
 
@@ -55,6 +58,8 @@ def translate(
     from xtrain.exchange import translate as translation
 
     loaded, settings = translation.translate_file(spec, overrides, backend, world, standalone)
+    for note in translation.notes(loaded, backend):
+        click.echo(f"note: {note}", err=True)
     if origins and not as_json:
         click.echo(translation.as_table(settings, loaded))
     else:

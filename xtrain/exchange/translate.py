@@ -14,6 +14,12 @@ from xtrain.exchange.translation import Setting, Translator, elsewhere, nested, 
 from xtrain.spec import Spec, load_spec, locate
 from xtrain.spec.keys import changed_keys
 
+FIRST_CHOICE = (
+    "memory: auto chooses techniques when a run starts, by the room on its device; this is the config of "
+    "its first choice, no technique at all: --set memory={...} shows another one, and a run keeps the one it "
+    "chose in its run directory"
+)
+
 
 def translate_file(
     path: Path, overrides: Sequence[str], name: str | None, world: int | None, standalone: bool
@@ -80,3 +86,9 @@ def as_table(settings: Sequence[Setting], spec: Spec) -> str:
 
     rows: list[tuple[Any, ...]] = [(s.key, json.dumps(s.value), origin(s, spec)) for s in settings]
     return tabulate(rows, headers=["key", "value", "from"], tablefmt="simple", disable_numparse=True)
+
+
+def notes(spec: Spec, name: str | None) -> list[str]:
+    """What a person should know of the config that the backend `name` makes of `spec`, a sentence each."""
+    found = find_translator(name).override_notes(spec)
+    return [*found, FIRST_CHOICE] if spec.memory == "auto" else found

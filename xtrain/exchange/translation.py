@@ -64,6 +64,10 @@ class Translator(Protocol):
         """What of the overrides in the spec is unknown, of a wrong kind, or contradicts the rest of it."""
         ...
 
+    def override_notes(self, spec: Spec) -> list[str]:
+        """Which of them do nothing here and are left out of the config, and why, a sentence each."""
+        ...
+
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         """The config with which it does the same training without xtrain."""
         ...

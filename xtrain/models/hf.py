@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from xtrain.errors import RequestError, XtrainError, described
+from xtrain.errors import RequestError, XtrainError, described, is_about_memory
 from xtrain.models.hf_folder import folder_problems, has_weights, local_folder
 from xtrain.spec.tree import MemorySection, Spec
 
@@ -25,6 +25,10 @@ NOT_IN_TRAINING = ("classifier", "summary")
 """Dropouts of heads that a language model does not have."""
 PLACES = ("_name_or_path", "auto_map", "transformers_version")
 """What of a config tells where it came from and who wrote it, not what the model is."""
+READ_WHOLE = (
+    "model.hf: each process reads the whole model: weights are read one by one only from a folder that has "
+    "them under the model's own names (save_pretrained writes it so)"
+)
 
 
 class HuggingFaceSource:
@@ -39,6 +43,7 @@ class HuggingFaceSource:
         folder = local_folder(spec.model.hf or "")
         if folder is not None and (problem := next(folder_problems(folder), None)):
             raise RequestError(str(problem))
+        self.folder = folder
         self.path = str(folder or spec.model.hf)
         self.has_weights = not resumed and (folder is None or has_weights(folder))
         weights = "a checkpoint's" if resumed else "stored" if self.has_weights else "initial"
@@ -66,19 +71,35 @@ class HuggingFaceSource:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def build(self) -> nn.Module:
-        from xtrain.models.anatomy import is_causal
+        with self._trying("built"):
+            return self._finished(self._load() if self.has_weights else self._initialise())
+
+    def build_gradually(self) -> nn.Module:
+        """Stored weights are read one by one, where the folder has them as the model names them."""
+        from xtrain.models.hf_weights import copy_weights
 
         with self._trying("built"):
-            model = self._load() if self.has_weights else self._initialise()
-            if not is_causal(model):
-                raise RequestError(
-                    f"model.hf {self.path}: its logits for a token change with the tokens after it; "
-                    "expected a causal language model"
-                )
-            self.notes = [self.dropout_note] if self.dropout_note else []
-            self._note_padding(model)
-            self._note_blocks(model)
-            return self._adapted(model).train()
+            model = self._initialise()
+            if not self.has_weights or (self.folder is not None and copy_weights(model, self.folder)):
+                return self._finished(model)
+            del model
+            finished = self._finished(self._load())
+            self.notes.append(READ_WHOLE)
+            return finished
+
+    def _finished(self, model: nn.Module) -> nn.Module:
+        """As an engine is to have it, once it is seen to be a causal model."""
+        from xtrain.models.anatomy import is_causal
+
+        if not is_causal(model):
+            raise RequestError(
+                f"model.hf {self.path}: its logits for a token change with the tokens after it; "
+                "expected a causal language model"
+            )
+        self.notes = [self.dropout_note] if self.dropout_note else []
+        self._note_padding(model)
+        self._note_blocks(model)
+        return self._adapted(model).train()
 
     def skeleton(self) -> nn.Module:
         """As `build` makes it of shapes alone: a head that is an nn.Linear is taken to be understood."""
@@ -224,6 +245,8 @@ class HuggingFaceSource:
         except XtrainError:
             raise
         except Exception as error:  # OSError, ValueError, and errors of its own and of its parts
+            if is_about_memory(error):  # a full device is the engine's to tell
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             if not isinstance(error, (OSError, ValueError)):
                 reason = described(error).splitlines()[0]

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from xtrain.checkpoints.format import CheckpointError, Reader
 from xtrain.checkpoints.select import select
 from xtrain.checkpoints.tensorfile import Shape
-from xtrain.contract import PiecewiseSource
+from xtrain.contract import GradualSource
 from xtrain.errors import RequestError
 from xtrain.models.hf_folder import CONFIG
+from xtrain.models.hf_weights import open_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from xtrain.models.source import NotedSource
+    from xtrain.models.source import NotedSource, PresetSource
 
 ADAPTED = "model."
 """What a parameter's name begins with here where the model is not ours (xtrain/models/adapter.py)."""
@@ -51,13 +52,21 @@ class StoredStart:
         return (*self.source.notes, *self._passed_over)
 
     def build(self) -> nn.Module:
-        stored = _of_library(self.folder) if (self.folder / CONFIG).is_file() else self._of_run()
-        if isinstance(self.source, PiecewiseSource):
-            self._require(self.source.skeleton(), stored)  # before the model takes its memory
-        model = self.source.build()
+        return self._loaded(self.source.build())
+
+    def build_gradually(self) -> nn.Module:
+        if isinstance(self.source, GradualSource):
+            return self._loaded(self.source.build_gradually())
+        return self.build()
+
+    def _loaded(self, model: nn.Module) -> nn.Module:
+        stored = self._stored()
         self._require(model, stored)
         _load(model, stored)
         return model
+
+    def _stored(self) -> Stored:
+        return _of_library(self.folder) if (self.folder / CONFIG).is_file() else self._of_run()
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return self.source.decayed(name, parameter)
@@ -85,6 +94,31 @@ class StoredStart:
                 f"model.init_from: found {self.folder} with {'; '.join(wrong[:SHOWN])}{more}; expected "
                 "weights for every parameter: name a checkpoint of this kind and size of model"
             )
+
+
+class PiecewiseStart(StoredStart):
+    """Of a preset: what does not fit is told before the model takes its memory, piece by piece."""
+
+    def __init__(self, source: PresetSource, path: str) -> None:
+        super().__init__(source, path)
+        self._preset = source
+        self._found: Stored | None = None
+
+    def build(self) -> nn.Module:
+        self.skeleton()
+        return super().build()
+
+    def skeleton(self) -> nn.Module:
+        model = self._preset.skeleton()
+        self._require(model, self._stored())
+        return model
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._stored().read(name).float()
+
+    def _stored(self) -> Stored:
+        self._found = self._found or super()._stored()
+        return self._found
 
 
 class Stored(Protocol):
@@ -168,15 +202,7 @@ def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _of_library(folder: Path) -> Stored:
-    from safetensors import SafetensorError, safe_open
-
-    files: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise RequestError(f"model.init_from: {path} cannot be read: {error}") from error
-        files |= dict.fromkeys(file.keys(), file)
+    files = open_weights(sorted(folder.glob("*.safetensors")), "model.init_from")
     if not files:
         raise RequestError(
             f"model.init_from: found {folder}, expected safetensors in it: only those are read"

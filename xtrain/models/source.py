@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xtrain.contract import ModelSource
-from xtrain.errors import RequestError, XtrainError, described
+from xtrain.errors import RequestError, XtrainError, described, is_about_memory
 from xtrain.models.hf import HuggingFaceSource
-from xtrain.models.init_from import StoredStart
+from xtrain.models.init_from import PiecewiseStart, StoredStart
 from xtrain.models.presets import fitted_dimensions
 from xtrain.spec.tree import MemorySection, Spec
 
@@ -54,6 +54,8 @@ def model_source(spec: Spec, data_vocab_size: int, resumed: bool = False) -> Not
     source = _own_source(spec, data_vocab_size, resumed)
     if spec.model.init_from is None or resumed:
         return source
+    if isinstance(source, PresetSource):
+        return PiecewiseStart(source, spec.model.init_from)
     return StoredStart(source, spec.model.init_from)
 
 
@@ -177,6 +179,8 @@ def _users_code(what: str) -> Iterator[None]:
     except XtrainError:
         raise
     except (Exception, SystemExit) as error:
+        if is_about_memory(error):  # a full device is the engine's to tell
+            raise
         raise RequestError(f"{what}: {described(error)}") from error
 
 
