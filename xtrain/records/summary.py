@@ -111,8 +111,13 @@ def predicted_at(place: str, predicted: Predicted | None) -> Mapping[str, int] |
 def format_prediction(predicted: Mapping[str, int], measured_bytes: int) -> str:
     """The total with its error, then what it is made of."""
     total, _, parts = format_categories(predicted).partition(":")
-    error = f" ({sum(predicted.values()) / measured_bytes - 1:+.1%})" if measured_bytes else ""
+    error = f" ({format_error(sum(predicted.values()), measured_bytes)})" if measured_bytes else ""
     return f"{total}{error}{f':{parts}' if parts else ''}"
+
+
+def format_error(predicted_bytes: int, measured_bytes: int) -> str:
+    """Of a prediction; nothing, however little below, is +0.0%."""
+    return f"{round(predicted_bytes / measured_bytes - 1, 3) + 0.0:+.1%}"
 
 
 def plural(count: int, noun: str) -> str:

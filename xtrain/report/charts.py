@@ -117,7 +117,7 @@ def _speed(lanes: Lanes, colours: Mapping[str, str]) -> Chart:
         "hovertemplate": "a repeat: %{x:,.0f} tokens/s<extra></extra>",
     }
     caption = "Bars: the repeat in the middle; whiskers: 10% to 90% of its steps; ticks: every repeat."
-    layout = {"xaxis": {"title": {"text": "tokens/s"}, "rangemode": "tozero"}}
+    layout = {"xaxis": {"title": {"text": "tokens/s"}, "rangemode": "tozero", "tickformat": ","}}
     return Chart("speed", "Speed", caption, _bar_height(names), [bars, dots] if timed else [], _bars(layout))
 
 

@@ -9,8 +9,9 @@ from xtrain.records.record import CounterFacts
 from xtrain.records.summary import COUNTERS
 from xtrain.report.comparison import Figures
 
-STEP = "A step at its fullest, where it is computed, counted storage by storage"
-STEP_ON_HOST = "What a step keeps on the host beside its device, counted storage by storage"
+STEP = "A step at its fullest, on the device"
+"""Counted storage by storage. Where the host itself computes, it is the device."""
+STEP_ON_HOST = "A step at its fullest, on the host beside the device"
 
 
 def instruments(lanes: Sequence[tuple[str, Figures]]) -> dict[str, dict[str, int]]:

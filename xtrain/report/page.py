@@ -56,7 +56,9 @@ def render_page(comparison: Comparison, library: str) -> str:
         style=_asset("page.css"),
         warnings=_warnings(comparison.warnings),
         lanes="\n".join(_lane(lane, colour) for lane, colour in _coloured(comparison)),
-        verdicts=_section("Verdicts", "grid", [_verdict(verdict) for verdict in comparison.verdicts]),
+        verdicts=_section(
+            "Verdicts", "grid verdicts", [_verdict(verdict) for verdict in comparison.verdicts]
+        ),
         charts=_section("Charts", "grid charts", [_chart(chart) for chart in drawn]),
         tables="\n".join(_table(table) for table in _all_tables(comparison)),
         method=_text(method(comparison)),

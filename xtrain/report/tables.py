@@ -12,6 +12,7 @@ from xtrain.records.summary import (
     COUNTERS,
     NOT_MEASURED,
     format_bytes,
+    format_error,
     format_imbalance,
     format_loss,
     format_rate,
@@ -116,7 +117,9 @@ def _losses(lanes: Lanes, reference: str | None) -> Table:
     def difference(name: str, found: Difference | None) -> str:
         if name == reference:
             return "reference"
-        return NOT_MEASURED if found is None else f"{found.relative:.1e} at step {found.step:,}"
+        if found is None:
+            return NOT_MEASURED
+        return f"{found.relative:.1e} at step {found.step:,}" if found.relative else "none"
 
     headers = ["lane", "steps", "loss first", "loss last", "held-out loss"]
     headers += ["largest loss difference", "largest grad norm difference"]
@@ -277,7 +280,7 @@ def _predicted(lanes: Lanes) -> Table:
         if figures.predicted is None or not figures.step_peaks:
             continue
         said, measured = sum(figures.predicted.values()), sum(fullest_device(figures).values())
-        error = f"{said / measured - 1:+.1%}" if measured else NOT_MEASURED
+        error = format_error(said, measured) if measured else NOT_MEASURED
         rows.append([name, format_bytes(said), format_bytes(measured), error])
     return Table("Memory of a step, predicted and measured", ["lane", "predicted", "measured", "error"], rows)
 
