@@ -13,7 +13,7 @@ import pytest
 
 from tests.report.sample_lanes import STEP, compared, lane, memory, run, steps, unfinished
 from xtrain.records.record import DataFacts, ModelFacts
-from xtrain.report.charts import Chart, charts, label
+from xtrain.report.charts import Chart, charts, label, lane_colours
 from xtrain.report.comparison import Comparison
 from xtrain.report.page import render_page
 from xtrain.report.write import write_report
@@ -110,6 +110,18 @@ def test_predictions_are_drawn_beside_what_was_measured() -> None:
 def test_an_unknown_prediction_is_none(predicted: dict[str, Any]) -> None:
     names = [chart.name for chart in charts(compared(lane("a", run(predicted=predicted))))]
     assert "predicted" not in names
+
+
+def test_what_all_lanes_have_alike_is_said_once() -> None:
+    environment = {"platform": "one and the same", "python": "3.11.0"}
+    other = {**environment, "python": "3.12.0"}
+    text = page(compared(lane("a", run(environment=environment)), lane("b", run(environment=other))))
+    assert '<td data-label="all lanes" colspan="2">one and the same</td>' in text
+    assert '<td data-label="a">3.11.0</td><td data-label="b">3.12.0</td></tr>' in text
+
+
+def test_lanes_are_told_apart_by_their_colour() -> None:
+    assert len(set(lane_colours(compared(*(lane(str(n)) for n in range(12)))).values())) == 12
 
 
 def test_long_runs_are_thinned_out() -> None:

@@ -85,6 +85,35 @@ def test_the_page_is_drawn_without_a_complaint_or_a_request(
     assert (pixels[y + 12 : y + 18, x + 8 : x + 14].mean() < 128) == dark
 
 
+@pytest.fixture(scope="module")
+def page_of_eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lanes with the long names of a ladder."""
+    folder = tmp_path_factory.mktemp("eight")
+    names = [
+        f"{engine} + activation checkpointing {n}" for engine in ("cpu", "deepspeed:2") for n in range(4)
+    ]
+    write_report(folder, compared(*(lane(name) for name in names)))
+    return folder / "report.html"
+
+
+OVERLAPPING = """
+[...document.querySelectorAll('.chart')].flatMap(chart => {
+  const boxes = [...chart.querySelectorAll('.ytick text')].map(e => e.getBoundingClientRect());
+  boxes.sort((a, b) => a.top - b.top);
+  return boxes.slice(1).filter((box, i) => box.top < boxes[i].bottom - 1).map(() => chart.id);
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_names_of_eight_lanes_do_not_run_into_each_other(
+    browser: Browser, page_of_eight: Path, width: int
+) -> None:
+    browser.open(page_of_eight, width, dark=False)
+    assert browser.evaluate("document.querySelectorAll('#speed .ytick text').length") == 8
+    assert browser.evaluate(OVERLAPPING) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_names_from_records_are_read_as_they_are(browser: Browser, page: Path) -> None:
     browser.open(page, 1280, dark=False)
     assert "<b>mps</b>" in browser.evaluate("document.querySelector('.lane.failed').innerText")

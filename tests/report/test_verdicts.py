@@ -174,6 +174,13 @@ def test_a_lane_on_the_host_is_compared_where_it_computes() -> None:
     assert not any("on the host beside" in detail for detail in found.details)
 
 
+def test_of_many_lanes_the_leanest_and_the_largest_are_listed() -> None:
+    lanes = [lane(f"{n}", run(memory=[memory({"parameters": 10 + n})])) for n in range(8)]
+    detail = verdict(compared(*lanes), "memory").details[0]
+    smallest = "0 10.0 MiB, 1 11.0 MiB (+10%), 2 12.0 MiB (+20%), 3 13.0 MiB (+30%)"
+    assert detail.endswith(f": {smallest}, 3 between, 7 17.0 MiB (+70%)")
+
+
 def test_a_counted_peak_never_meets_a_sampled_one() -> None:
     counted = lane("a", run(memory=[sample_memory(live_peak=300 * MIB)]))
     sampled = lane("b", run(memory=[sample_memory(live_peak=100 * MIB, method="sampled")]))

@@ -22,7 +22,10 @@ from xtrain.report.memory import fullest_device
 Lanes = Sequence[tuple[str, Figures]]
 Trace = dict[str, Any]
 
-LANE_COLOURS = ("#3b7ddd", "#e8743b", "#1aa179", "#9a60d6", "#e0487f", "#12a5bd", "#b58a0e", "#6f8499")
+LANE_COLOURS = (
+    *("#3b7ddd", "#e8743b", "#1aa179", "#9a60d6", "#e0487f", "#12a5bd"),
+    *("#b58a0e", "#6f8499", "#7cb342", "#8d6e63", "#5c6bc0", "#d81b60"),
+)
 CATEGORY_COLOURS = {
     "parameters": "#3b7ddd",
     "master": "#7fb0f5",

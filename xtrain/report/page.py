@@ -139,7 +139,7 @@ def _facts(figures: Figures) -> list[tuple[str, str]]:
 
 
 def _named(instrument: str) -> str:
-    return "memory of a step" if instrument == STEP else "peak memory"
+    return "step memory" if instrument == STEP else "peak memory"
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -178,10 +178,22 @@ def _table(table: Table) -> str:
 
 
 def _row(table: Table, row: Sequence[str]) -> str:
-    """Each cell has its header: narrow pages show rows as lists. In the environment unlike rows stand out."""
-    apart = ' class="apart"' if table.title == "Environment" and len(set(row[1:])) > 1 else ""
-    cells = "".join(
+    """Each cell has its header: narrow pages show rows as lists."""
+    if table.title == "Environment" and len(row) > 2:
+        return _environment_row(table.headers, row)
+    return f"<tr>{_cells(table.headers, row)}</tr>"
+
+
+def _environment_row(headers: Sequence[str], row: Sequence[str]) -> str:
+    """What all lanes have alike is said once; what is unlike stands out."""
+    if len(set(row[1:])) > 1:
+        return f'<tr class="apart">{_cells(headers, row)}</tr>'
+    alike = f'<td data-label="all lanes" colspan="{len(row) - 1}">{_text(row[1])}</td>'
+    return f"<tr>{_cells(headers[:1], row[:1])}{alike}</tr>"
+
+
+def _cells(headers: Sequence[str], row: Sequence[str]) -> str:
+    return "".join(
         f'<td data-label="{_text(header)}">{_text(cell)}</td>'
-        for header, cell in zip(table.headers, row, strict=True)
+        for header, cell in zip(headers, row, strict=True)
     )
-    return f"<tr{apart}>{cells}</tr>"

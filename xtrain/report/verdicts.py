@@ -31,6 +31,7 @@ WAITING_SHARES = {
 GOOD_UTILISATION = 0.40
 GREAT_NOISE = 0.10
 GREAT_IMBALANCE = 0.15
+MOST_LISTED = 4
 LITTLE_MEMORY = 0.02
 """Relative; a smaller difference of two peaks decides nothing."""
 
@@ -116,12 +117,12 @@ def _leanest(held: dict[str, int]) -> list[str]:
 
 
 def _memory_by(instrument: str, held: dict[str, int]) -> str:
-    least = min(held, key=lambda name: held[name])
-    parts = [f"{least} {format_bytes(held[least])}"]
-    for name in sorted(held, key=lambda name: held[name]):
-        if name != least:
-            parts.append(f"{name} {format_bytes(held[name])}{_more(held[name], held[least])}")
-    return f"{instrument}: {', '.join(parts)}"
+    """From the leanest on; of many, those in between are counted."""
+    least, *others = sorted(held, key=lambda name: held[name])
+    parts = [f"{name} {format_bytes(held[name])}{_more(held[name], held[least])}" for name in others]
+    if len(parts) > MOST_LISTED:
+        parts = [*parts[: MOST_LISTED - 1], f"{len(parts) - MOST_LISTED} between", parts[-1]]
+    return f"{instrument}: {', '.join([f'{least} {format_bytes(held[least])}', *parts])}"
 
 
 def _more(count: int, least: int) -> str:
