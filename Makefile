@@ -20,7 +20,7 @@ OFFLINE := annotated-types click einops hjson iniconfig msgpack ninja packaging 
 PLATFORMS := $(foreach n,5 12 17 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 
 .DEFAULT_GOAL := check
-.PHONY: check run test lint types bench peers gpu wheels format clean help
+.PHONY: check run test proofs lint types bench peers gpu wheels format clean help
 
 check: lint types  ## lint, types and the fast tests
 	$(TEST) -m "not slow"
@@ -29,7 +29,10 @@ run: $(READY)  ## train configs/quickstart.yaml on the best backend here
 	$(BIN)/xtrain run configs/quickstart.yaml --backend auto
 
 test: $(READY)  ## all tests, those that start processes too, by files in WORKERS processes
-	$(TEST) --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(TEST) --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=.tests.xml
+
+proofs: $(READY)  ## docs/proofs.md, from what the last `make test` counted and measured
+	$(BIN)/python -m tests.proofs .tests.xml
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -59,7 +62,7 @@ format: $(READY)  ## rewrite in place what `make lint` would complain about
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything that was built; runs are kept
-	rm -rf .venv .venv-peers .venv-gpu .wheels build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-gpu .wheels build dist *.egg-info .tests.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -1,12 +1,12 @@
 """How long training stands still for a save, beside a plain `torch.save` of the same state.
 
-    python -m benchmarks.checkpoint_pause [--out FOLDER] [--lanes cpu,zero3x2] [--saves 4]
+    python -m benchmarks.checkpoint_pause [--out FOLDER] [--lanes cpu,zero3x2] [--saves 8]
 
 Each lane is a fresh job. Its engine takes two updates, so that there are moments; then it saves in the
 background as `xtrain run` does. The pause is the time inside Checkpointer.save, from a barrier to this rank's
 return; between saves the writing is waited for, outside the clock. The first save makes the buffers and is
-told apart. torch.save writes what this rank writes, into the same folder, without fsync; the two take turns.
-Medians over saves; the most over ranks.
+told apart. torch.save writes what this rank writes, into the same folder, without fsync; the two take turns,
+and what either wrote is on the disk before the next begins. Medians over saves; the most over ranks.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from xtrain.checkpoints.manager import Checkpointer
 from xtrain.checkpoints.shares import plan_files
 from xtrain.contract import Engine, Job, StepInput
 from xtrain.data import open_data
-from xtrain.measure.machine import environment, resident_bytes
+from xtrain.measure.machine import environment, reset_peak_resident, resident_bytes
 from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
+from xtrain.plan.saves import background_copy_bytes
 from xtrain.spec.tree import Spec
 
 SHARDING = ("none", "optimizer", "gradients", "parameters")
@@ -81,9 +82,10 @@ def measure(lane: str, folder: Path, saves: int) -> dict[str, Any]:
         lambda: None,
         rank,
     )
+    reset_peak_resident()
     before = resident_bytes().bytes
     pauses = [pause(engine, checkpointer, 1)]
-    extra = resident_bytes().bytes - before
+    extra = (resident_bytes().peak_bytes or 0) - before
     plain = []
     for step in range(2, saves + 2):
         pauses.append(pause(engine, checkpointer, step))
@@ -95,12 +97,13 @@ def measure(lane: str, folder: Path, saves: int) -> dict[str, Any]:
         "pause_seconds": pauses[1:],
         "torch_save_seconds": plain,
         "share_bytes": checkpointer.buffers.bytes,
+        "predicted_bytes": background_copy_bytes(spec, engine.parameter_count, world),
         "extra_resident_bytes": extra,
     }
 
 
 def pause(engine: Engine, checkpointer: Checkpointer, step: int) -> float:
-    engine.gather(None)
+    settle(engine)
     started = time.perf_counter()
     checkpointer.save(engine, step, last=False)
     seconds = time.perf_counter() - started
@@ -112,13 +115,19 @@ def pause(engine: Engine, checkpointer: Checkpointer, step: int) -> float:
     return seconds
 
 
+def settle(engine: Engine) -> None:
+    """Everything that was written before is on the disk, and all ranks are here."""
+    os.sync()
+    engine.gather(None)
+
+
 def plain_save(engine: Engine, world: int, rank: int, folder: Path) -> float:
     """The export is not in the time: only the writing is compared."""
     import torch
 
     owners = plan_files(engine.state_layout(), world).owners
     state = {(piece.name, piece.kind): piece.value for piece in engine.export_state(owners.__getitem__)}
-    engine.gather(None)
+    settle(engine)
     started = time.perf_counter()
     torch.save(state, folder / f"plain-{rank}.pt")
     return time.perf_counter() - started
@@ -136,6 +145,7 @@ def run_lane(lane: str, saves: int) -> dict[str, Any]:
     found = {
         "lane": lane,
         "share_mib": max(r["share_bytes"] for r in ranks) / MIB,
+        "predicted_mib": max(r["predicted_bytes"] for r in ranks) / MIB,
         "extra_mib": max(r["extra_resident_bytes"] for r in ranks) / MIB,
         "first_s": max(r["first_seconds"] for r in ranks),
         "pause_s": max(statistics.median(r["pause_seconds"]) for r in ranks),
@@ -148,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--lanes", default=",".join(lane for lane in LANES if lane != "cuda"))
-    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:

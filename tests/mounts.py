@@ -1,8 +1,14 @@
-"""File systems of a test's own, for disks that are full or read-only; skipped where nobody may mount."""
+"""Disks that are full or read-only, for a test: file systems of its own where it may mount them.
+
+Where it may not, a full disk is skipped (`limited_files` is the nearest thing), and a read-only folder is one
+that this user may not write into.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,11 +27,30 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """The folder as it is, for reading alone; for root too, whom permissions do not stop."""
-    with _mounted(folder, "--bind", str(folder)):
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+def limited_files(largest_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond that, whoever runs it: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, before[1]))
+    try:
         yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[int]:
+    """The folder as it is, for reading alone; the errno of whoever tries to write into it."""
+    if os.geteuid() != 0:
+        mode = folder.stat().st_mode
+        folder.chmod(0o555)
+        try:
+            yield errno.EACCES
+        finally:
+            folder.chmod(mode)
+        return
+    with _mounted(folder, "--bind", str(folder)):  # permissions do not stop root
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        yield errno.EROFS
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Which test proves which claim about checkpoints; writes docs/proofs.md from a run of those tests.
 
     python -m tests.proofs                # minutes
-    python -m tests.proofs REPORT.xml     # or from what `pytest --junitxml=REPORT.xml` left
+    python -m tests.proofs REPORT.xml     # or from what `pytest --junitxml=REPORT.xml`: `make test proofs`
 
-Tests give figures away with pytest's `record_property`; the page shows the worst of each.
+Tests give figures away with pytest's `record_property`: whole numbers are counts, which the page adds up; of
+other figures it shows the worst.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "proofs.md"
+Figure: TypeAlias = "int | float"
 
 HEAD = """\
 # What is proven about checkpoints
 
 Written by `python -m tests.proofs` from a run of the tests that are named here; they are part of the suite.
-A figure is what they counted or measured, the worst over all tests of its line. Losses are compared step by
-step with the uninterrupted plain run (bare torch, one process), relatively; in fp32 unless a line says so.
+A whole number is what they counted, all tests of a line together; another figure is the worst that one of
+them measured. Losses are compared step by step with the uninterrupted plain run (bare torch, one process),
+relatively; in fp32 unless a line says so.
 """
 
 
@@ -52,8 +56,8 @@ PROOFS = (
     ),
     Proof(
         "R2",
-        "Every file truncated, replaced or removed, and any one byte flipped: found by `verify` and by a "
-        "resume, named, and the checkpoint before is used",
+        "Every file truncated, replaced or removed, and one byte flipped in it: found by `verify` and by a "
+        "resume, named, and the checkpoint before is used; any single byte flipped: found",
         [
             f"{RESUME}::test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used",
             "tests/checkpoints/test_format.py::test_any_byte_that_flipped_is_found",
@@ -63,7 +67,7 @@ PROOFS = (
     Proof(
         "R3",
         "Twenty SIGKILLs at random moments of a run, resumed each time, saving in the background or not: the "
-        "very bytes of the uninterrupted run, the same line for every step",
+        "very bytes of the uninterrupted run, the same sequences and the same line for every step",
         ["tests/test_killed_runs.py::test_twenty_random_kills_change_neither_the_weights_nor_the_log"],
     ),
     Proof(
@@ -114,6 +118,9 @@ PROOFS = (
             f"{RESUME}::test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background",
             f"{RESUME}::test_a_folder_that_became_read_only_is_told_and_costs_nothing",
             f"{RESUME}::test_a_full_disk_stops_a_run_that_asked_for_it",
+            f"{RESUME}::test_files_that_may_not_grow_are_told_and_cost_nothing",
+            "tests/test_whole_runs.py::test_a_signal_finishes_the_step_saves_and_exits_with_75",
+            "tests/test_whole_runs.py::test_a_signal_in_the_middle_of_a_save_costs_no_step",
             "tests/test_signals.py::test_a_signal_saves_and_the_printed_command_goes_on",
         ],
     ),
@@ -122,6 +129,8 @@ PROOFS = (
         "A rank that hangs, or is killed, is named, ends the others, and costs the steps since the last save",
         [
             "tests/launching/test_hanging.py::test_one_stopped_rank_ends_the_run_and_every_rank_shows_where_it_stood",
+            "tests/launching/test_hanging.py::"
+            "test_one_killed_rank_ends_the_run_and_costs_the_steps_since_the_last_save",
             "tests/launching/test_launch.py::test_killed_rank_is_named_and_the_ones_that_wait_for_it_end",
             "tests/launching/test_launch.py::test_a_worker_that_dies_is_started_again_with_all_others",
         ],
@@ -137,7 +146,7 @@ class Case:
     """As in Proof.tests."""
     outcome: str
     """passed, skipped or failed."""
-    figures: Mapping[str, float]
+    figures: Mapping[str, Figure]
 
 
 def run_tests(tests: Sequence[str]) -> list[Case]:
@@ -156,7 +165,7 @@ def read_report(text: str) -> Iterator[Case]:
         outcome = (
             "failed" if children & {"failure", "error"} else "skipped" if "skipped" in children else "passed"
         )
-        figures = {one.attrib["name"]: float(one.attrib["value"]) for one in case.iter("property")}
+        figures = {one.attrib["name"]: _figure(one.attrib["value"]) for one in case.iter("property")}
         path = case.attrib["classname"].replace(".", "/")
         yield Case(f"{path}.py::{case.attrib['name'].partition('[')[0]}", outcome, figures)
 
@@ -170,10 +179,20 @@ def render(proof: Proof, cases: Sequence[Case]) -> str:
     passed = sum(case.outcome == "passed" for case in own)
     skipped = f", {len(own) - passed} skipped" if passed < len(own) else ""
     names = sorted({name for case in own for name in case.figures})
-    worst = {name: max(case.figures.get(name, 0.0) for case in own) for name in names}
-    figures = "; ".join(f"{name}: {value:.3g}" for name, value in worst.items())
+    figures = "; ".join(
+        _told(name, [case.figures[name] for case in own if name in case.figures]) for name in names
+    )
     tests = "<br>".join(f"`{test}`" for test in proof.tests)
     return f"| {proof.name} | {proof.claim} | {passed} passed{skipped} | {figures} | {tests} |"
+
+
+def _figure(text: str) -> Figure:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _told(name: str, found: Sequence[Figure]) -> str:
+    counts = all(isinstance(figure, int) for figure in found)
+    return f"{name}: {sum(found):,}" if counts else f"{name}: {max(found):.3g}"
 
 
 def page(cases: Sequence[Case]) -> str:

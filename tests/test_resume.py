@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
 from tests import mounts
+from tests.checkpoints.test_commands import command
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps, weights
 from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
 from xtrain.records.metrics import MetricsLog
@@ -22,6 +24,8 @@ from xtrain.resume import MAY_CHANGE, differences
 from xtrain.spec.keys import covering
 
 ALL = list(range(1, 13))
+Property = Callable[[str, object], None]
+"""pytest's record_property: figures for docs/proofs.md."""
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -84,7 +88,7 @@ DROPOUT: dict[str, Any] = {"model__dropout": 0.1}
     ids=["adamw", "dropout", "sgd", "bf16 weights", "guards", "background"],
 )
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    tmp_path: Path, options: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any], record_property: Property
 ) -> None:
     whole = tmp_path / "whole"
     assert run(tmp_path, "--out", whole, backend="cpu", **options).exit_code == 0
@@ -93,6 +97,8 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     assert run(tmp_path, "--resume", out, backend="cpu", **options).exit_code == 0
     assert weights(out, 12) == weights(whole, 12)
     assert [line.loss for line in metrics(out)] == [line.loss for line in metrics(whole)]
+    record_property("resumes", 2)
+    record_property("bytes of weights and moments that are the same", len(weights(out, 12)))
 
 
 def test_other_weights_are_told_apart(tmp_path: Path) -> None:
@@ -116,7 +122,9 @@ def test_every_step_has_one_line_although_the_run_died_past_its_checkpoint(tmp_p
     assert load_record(out).totals.tokens == load_record(whole).totals.tokens
 
 
-def test_without_a_checkpoint_it_starts_at_step_0_and_says_so(tmp_path: Path) -> None:
+def test_without_a_checkpoint_it_starts_at_step_0_and_says_so(
+    tmp_path: Path, record_property: Property
+) -> None:
     out = stopped(tmp_path, 3)
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints" / ".step-00000003.77").mkdir(parents=True)  # it died while saving
@@ -124,6 +132,7 @@ def test_without_a_checkpoint_it_starts_at_step_0_and_says_so(tmp_path: Path) ->
     assert result.exit_code == 0
     assert f"{out} has no checkpoint yet: starting at step 0" in result.stderr
     assert steps(out) == ALL
+    record_property("resumes", 1)
 
 
 def test_what_is_not_there_cannot_be_resumed(tmp_path: Path) -> None:
@@ -140,15 +149,18 @@ def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
     assert list((tmp_path / "photos").iterdir()) == []
 
 
-def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path, record_property: Property) -> None:
     out = tmp_path / "out"
     run(tmp_path, "--out", out)
     assert run(tmp_path, "--resume", out, train__steps=15).exit_code == 0
     assert steps(out) == list(range(1, 16))
     assert load_record(out).totals.steps == 15
+    record_property("resumes", 1)
 
 
-def test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so(tmp_path: Path) -> None:
+def test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so(
+    tmp_path: Path, record_property: Property
+) -> None:
     out = tmp_path / "out"
     run(tmp_path, "--out", out)
     before = (out / "metrics.jsonl").read_bytes(), checkpoints(out)
@@ -157,6 +169,7 @@ def test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so(tmp_path: 
     assert "nothing to do up to step 12; set train.steps to go further" in result.stderr
     assert ((out / "metrics.jsonl").read_bytes(), checkpoints(out)) == before
     assert load_record(out).status == "done"
+    record_property("resumes", 1)
 
 
 CHANGED = {"optimizer.lr": "0.002 there, 0.001 here", "train.seed": "1234 there, 7 here"}
@@ -264,10 +277,22 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, foreign, Path.unlink], ids=lambda d: d.__name__)
+DAMAGES: dict[Callable[[Path], None], str] = {
+    truncate: "truncated",
+    flip: "with one byte flipped",
+    foreign: "replaced",
+    Path.unlink: "removed",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(
-    tmp_path: Path, whole_run: Path, file: str, damage: Callable[[Path], None]
+    tmp_path: Path,
+    whole_run: Path,
+    file: str,
+    damage: Callable[[Path], None],
+    record_property: Property,
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole_run / "stopped", out)
@@ -275,6 +300,9 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(
     broken = out / "checkpoints" / "step-00000006" / file
     damage(broken)
     kept = files(broken.parent)
+    verified = command("verify", broken.parent)
+    assert verified.exit_code == 1
+    assert str(broken) in verified.stderr
     result = run(tmp_path, "--resume", out, backend="cpu")
     assert result.exit_code == 0
     assert f"warning: {'cannot read ' if damage is Path.unlink else ''}{broken}" in result.stderr or (
@@ -287,6 +315,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(
     assert weights(out, 12) == weights(whole_run / "whole", 12)
     assert steps(out) == ALL
     assert checkpoints(out) == [4, 8, 12]
+    record_property(f"files {DAMAGES[damage]}", 1)
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +506,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(tmp_path: Path, small_disk: Path) -> None:
+def refused(result: Result) -> int:
+    return result.stderr.count(" was not saved: ")
+
+
+def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(
+    tmp_path: Path, small_disk: Path, record_property: Property
+) -> None:
     out = small_disk / "out"
     result = run(tmp_path, "--out", out, backend="cpu")
     assert result.exit_code == 1
@@ -488,10 +523,11 @@ def test_a_full_disk_is_told_and_costs_only_what_did_not_fit(tmp_path: Path, sma
     assert "Traceback" not in result.stderr
     assert steps(out) == ALL  # training went on
     assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
+    record_property("saves that did not fit", refused(result))
 
 
 def test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background(
-    tmp_path: Path, small_disk: Path
+    tmp_path: Path, small_disk: Path, record_property: Property
 ) -> None:
     out = small_disk / "out"
     result = run(tmp_path, "--out", out, backend="cpu", checkpoint__background="true")
@@ -502,24 +538,47 @@ def test_a_full_disk_is_told_and_costs_only_what_did_not_fit_in_the_background(
     assert steps(out) == ALL
     assert (load_record(out).status, checkpoints(out)) == ("failed", [4])
     assert run(tmp_path, "--resume", out, "--out", tmp_path / "second", backend="cpu").exit_code == 0
+    record_property("saves that did not fit", refused(result))
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_folder_that_became_read_only_is_told_and_costs_nothing(tmp_path: Path, background: str) -> None:
+def test_a_folder_that_became_read_only_is_told_and_costs_nothing(
+    tmp_path: Path, background: str, record_property: Property
+) -> None:
     out = stopped(tmp_path, 4, backend="cpu")
     before = files(out / "checkpoints")
-    with mounts.read_only(out / "checkpoints"):
+    with mounts.read_only(out / "checkpoints") as reason:
         result = run(tmp_path, "--resume", out, backend="cpu", checkpoint__background=background)
     assert result.exit_code == 1
-    assert (
-        f"step-00000008 was not saved: {os.strerror(errno.EROFS)}; earlier ones are intact" in result.stderr
-    )
+    assert f"step-00000008 was not saved: {os.strerror(reason)}; earlier ones are intact" in result.stderr
     assert "Traceback" not in result.stderr
     assert steps(out) == ALL
     assert files(out / "checkpoints") == before
+    record_property("saves refused by a read-only folder", refused(result))
 
 
-def test_a_full_disk_stops_a_run_that_asked_for_it(tmp_path: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_files_that_may_not_grow_are_told_and_cost_nothing(
+    tmp_path: Path, background: str, record_property: Property
+) -> None:
+    """The nearest thing to a full disk that any user can have: every write of tensors fails half-way."""
+    out = stopped(tmp_path, 4, backend="cpu")
+    before = files(out / "checkpoints")
+    with mounts.limited_files(64 << 10):
+        result = run(tmp_path, "--resume", out, backend="cpu", checkpoint__background=background)
+    assert result.exit_code == 1
+    assert f"step-00000008 was not saved: {os.strerror(errno.EFBIG)}; earlier ones" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert steps(out) == ALL
+    assert files(out / "checkpoints") == before
+    assert run(tmp_path, "--resume", out, backend="cpu").exit_code == 0
+    assert checkpoints(out) == [4, 8, 12]
+    record_property("saves that did not fit", refused(result))
+
+
+def test_a_full_disk_stops_a_run_that_asked_for_it(
+    tmp_path: Path, small_disk: Path, record_property: Property
+) -> None:
     out = small_disk / "out"
     result = run(tmp_path, "--out", out, backend="cpu", checkpoint__on_error="stop")
     assert result.exit_code == 1
@@ -530,3 +589,4 @@ def test_a_full_disk_stops_a_run_that_asked_for_it(tmp_path: Path, small_disk: P
     elsewhere = tmp_path / "second"
     assert run(tmp_path, "--resume", out, "--out", elsewhere, backend="cpu").exit_code == 0
     assert steps(elsewhere) == ALL
+    record_property("saves that did not fit", refused(result))

@@ -9,12 +9,16 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps
+from xtrain.checkpoints.format import complete_checkpoints
+from xtrain.checkpoints.inventory import damage
+from xtrain.checkpoints.tensorfile import TensorFile
 from xtrain.records.record import load_record
 from xtrain.request import this_program
 
@@ -92,7 +96,10 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, index: int, number: signal.S
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits_with_75(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: signal.Signals
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: signal.Signals,
+    record_property: Callable[[str, object], None],
 ) -> None:
     signal_in_step(monkeypatch, 6, asked)
     before = signal.getsignal(asked)
@@ -103,6 +110,38 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(
     assert load_record(out).status == "interrupted"
     assert (steps(out)[-1], checkpoints(out)[-1]) == (7, 7)
     assert signal.getsignal(asked) is before
+    record_property("signals in the middle of a step", 1)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_signal_in_the_middle_of_a_save_costs_no_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    background: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    honest, sent = TensorFile.write, list[str]()
+
+    def interrupted(self: TensorFile, key: str, value: Any, begin: int = 0) -> int:
+        written = honest(self, key, value, begin)
+        if len(sent) < 2:
+            sent.append(key)
+        if len(sent) == 2:
+            sent.append("a signal, between two tensors")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return written
+
+    monkeypatch.setattr(TensorFile, "write", interrupted)
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"train__steps": 100_000, "checkpoint__background": background}
+    result = run(tmp_path, "--out", out, backend="cpu", **options)
+    assert result.exit_code == 75
+    assert "SIGTERM: finishing the step and saving" in result.stderr
+    assert checkpoints(out)[0] == 4  # the save that was under way
+    assert checkpoints(out)[-1] == steps(out)[-1] > 4
+    assert all(not damage(one) for one in complete_checkpoints(out / "checkpoints"))
+    record_property("signals in the middle of a save", 1)
+    record_property("steps lost to a signal", steps(out)[-1] - checkpoints(out)[-1])
 
 
 def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

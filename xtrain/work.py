@@ -274,6 +274,7 @@ class Run:
             last_step=self.begin.step or None,
             best=self.begin.state.best if self.begin.state else None,
             model_hash=self.facts.model.content_hash,
+            files=self.facts.model.files,
         )
 
     def _outcome_of(self, loop: Loop, last: int) -> Outcome:

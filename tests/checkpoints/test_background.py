@@ -16,7 +16,7 @@ from tests.checkpoints.test_manager import MINIMAL, found
 from xtrain import registry
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer
-from xtrain.contract import Engine, StateForm, StateKey, StatePiece
+from xtrain.contract import JSON, StateForm, StateKey, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.spec.tree import Spec
 
@@ -26,6 +26,12 @@ class OneWeight(NullEngine):
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
+        self.gathered = 0
+        """How often the ranks would have waited for each other."""
+
+    def gather(self, value: JSON) -> list[JSON]:
+        self.gathered += 1
+        return super().gather(value)
 
     def state_layout(self) -> dict[StateKey, StateForm]:
         return {("w", "weight"): StateForm((4,))}
@@ -42,7 +48,7 @@ class Saver:
         self.folder = folder
         self.gate, self.arrived = Event(), Event()
         self.weight = torch.zeros(4)
-        self.engine: Engine = OneWeight(self.weight)
+        self.engine = OneWeight(self.weight)
         spec = Spec.model_validate({**MINIMAL, "checkpoint": {"background": True, **section}})
         resolved = registry.load("null").resolve(spec, 1)
         self.checkpointer = Checkpointer(
@@ -92,6 +98,20 @@ def test_the_copy_is_made_into_the_memory_of_the_save_before(tmp_path: Path) -> 
     saver.save(2, last=True)
     assert [tensor.data_ptr() for tensor in saver.checkpointer.buffers._kept.values()] == kept
     assert saver.checkpointer.buffers.bytes == 16
+
+
+def test_a_save_after_one_that_has_ended_has_ranks_wait_for_each_other_twice(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.gate.set()
+    saver.save(1)
+    writing = saver.checkpointer.writing
+    assert writing is not None
+    writing.join(30)
+    saver.engine.gathered = 0
+    saver.save(2)
+    assert saver.engine.gathered == 2  # has the last one ended well, and where does this one go?
+    saver.save(3, last=True)
+    assert found(tmp_path) == [1, 2, 3]
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:

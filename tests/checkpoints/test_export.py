@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,19 @@ from safetensors.torch import load_file
 
 from tests.checkpoints.test_commands import as_json, command
 from tests.checkpoints.test_format import state
-from tests.small_runs import SPEC, run
+from tests.checkpoints.test_manager import MINIMAL
+from tests.checkpoints.test_shares import SHAPES, exported, saves, values
+from tests.data.test_tokenizers import word_tokenizer
+from tests.small_runs import SPEC, run, weights
 from xtrain.checkpoints.export import export
-from xtrain.checkpoints.format import Checkpoint, State
+from xtrain.checkpoints.format import MODEL_INDEX, Checkpoint, State
 from xtrain.checkpoints.inventory import newest
+from xtrain.checkpoints.saving import Save
 from xtrain.checkpoints.writer import write
+from xtrain.data.tokenizers import load_tokenizer
 from xtrain.errors import RequestError, RunFailed
+from xtrain.models.library import library_form
+from xtrain.spec.tree import Spec
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def test_sixteen_bits_are_the_rounded_weights(out: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_preset_becomes_a_folder_that_hugging_face_loads(out: Path, tmp_path: Path, dtype: str) -> None:
     facts = as_json("export", out, "--to", "hf", "--dtype", dtype, "--out", tmp_path / "hf")
     assert facts["difference"] < 1e-5
@@ -61,7 +69,36 @@ def test_a_preset_becomes_a_folder_that_hugging_face_loads(out: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_model_of_the_library_goes_back_to_it(tmp_path: Path) -> None:
+def test_what_is_larger_than_a_file_may_be_is_written_as_several_with_their_index(
+    out: Path, tmp_path: Path
+) -> None:
+    written = export(newest(out), "hf", "bf16", tmp_path / "hf", shard_bytes=40_000)
+    index = json.loads((tmp_path / "hf" / MODEL_INDEX).read_text())
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2
+    assert sorted(set(index["weight_map"].values())) == files
+    assert written.difference is not None
+    assert written.difference < 1e-5  # the library has read them all
+
+
+def test_a_checkpoint_of_several_files_is_merged_into_one(tmp_path: Path) -> None:
+    parts = saves(tmp_path / "checkpoints", 3)
+    for step in (lambda save: save.write(exported(save.rank, 3)), Save.finish, Save.commit):
+        for save in parts if step is not Save.commit else parts[:1]:
+            assert step(save) is None
+    checkpoint = Checkpoint(tmp_path / "checkpoints" / "step-00000005", 5)
+    assert len(list(checkpoint.path.glob("model-*.safetensors"))) == 3
+    export(checkpoint, "safetensors", "fp32", tmp_path / "flat")
+    assert [path.name for path in (tmp_path / "flat").iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "flat" / "model.safetensors")
+    assert found.keys() == SHAPES.keys()
+    assert all(torch.equal(tensor, values(name, "weight")) for name, tensor in found.items())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config of the library's, a spec of it, and a run."""
+    folder = tmp_path_factory.mktemp("llama")
     transformers: Any = importlib.import_module("transformers")
     transformers.LlamaConfig(
         vocab_size=257,
@@ -70,11 +107,75 @@ def test_a_model_of_the_library_goes_back_to_it(tmp_path: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-    ).save_pretrained(tmp_path / "llama")
-    spec = SPEC.replace("{preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}", f"{{hf: {tmp_path}/llama}}")
-    assert run(tmp_path, "--out", tmp_path / "out", spec=spec, backend="cpu", train__steps=3).exit_code == 0
-    facts = as_json("export", tmp_path / "out", "--to", "hf", "--out", tmp_path / "hf")
-    assert facts["difference"] < 1e-5
+    ).save_pretrained(folder / "llama")
+    transformers.GenerationConfig(temperature=0.7, do_sample=True).save_pretrained(folder / "llama")
+    spec = SPEC.replace("{preset: gpt2-nano, layers: 1, hidden: 32, heads: 2}", f"{{hf: {folder}/llama}}")
+    words = ("--out", folder / "out", "--stop-after", 3)
+    assert run(folder, *words, spec=spec, backend="cpu", train__steps=5).exit_code == 0
+    return folder
+
+
+def loaded(folder: Path, computed_anew: str = "") -> tuple[Any, torch.Tensor]:
+    """The library's model of a folder, in fp32, and its logits for some tokens.
+
+    The files must fit it entirely, but for buffers of that name.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["mismatched_keys"]
+    assert all(computed_anew and computed_anew in name for name in told["unexpected_keys"])
+    with torch.no_grad():
+        return model, model.eval()(torch.arange(32).reshape(2, 16)).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_of_the_library_goes_back_to_it(llama: Path, tmp_path: Path, dtype: str) -> None:
+    result = command("export", llama / "out", "--to", "hf", "--dtype", dtype, "--out", tmp_path / "hf")
+    assert "loaded by transformers: largest difference of a logit from ours " in result.stdout
+    assert "not carried: the tokenizer: the library has none like data.tokenizer bytes" in result.stdout
+    model, _ = loaded(tmp_path / "hf")
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert model.config.use_cache
+    assert model.generation_config.temperature == 0.7
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] in ("float32", "bfloat16")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_library_model_is_a_folder_that_the_library_loads(
+    llama: Path, tmp_path: Path
+) -> None:
+    """And computes there what an export of it does."""
+    checkpoint = newest(llama / "out")
+    _, found = loaded(checkpoint.path, computed_anew="rotary_emb.original_inv_freq")
+    export(checkpoint, "hf", "fp32", tmp_path / "hf")
+    assert torch.equal(found, loaded(tmp_path / "hf")[1])
+    assert "config.json" in checkpoint.manifest.files
+    assert {name.partition(".")[0] for name in checkpoint.reader().keys("weight")} == {"model"}
+
+
+@pytest.mark.slow
+def test_a_run_of_a_library_model_goes_on_from_such_a_checkpoint(llama: Path, tmp_path: Path) -> None:
+    spec = (llama / "spec.yaml").read_text()
+    options: dict[str, Any] = {"spec": spec, "backend": "cpu", "train__steps": 5}
+    assert run(tmp_path, "--out", tmp_path / "whole", **options).exit_code == 0
+    shutil.copytree(llama / "out", tmp_path / "out")
+    assert run(tmp_path, "--resume", tmp_path / "out", **options).exit_code == 0
+    assert weights(tmp_path / "out", 5) == weights(tmp_path / "whole", 5)
+    started = run(tmp_path, "--out", tmp_path / "next", model__init_from=llama / "out", **options)
+    assert started.exit_code == 0
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_the_data_goes_with_the_model(tmp_path: Path) -> None:
+    words = word_tokenizer(tmp_path / "words")
+    spec = Spec.model_validate({**MINIMAL, "data": {"source": "stdlib", "tokenizer": words}})
+    (tmp_path / "hf").mkdir()
+    assert list(library_form(spec, 5).write_companions(tmp_path / "hf")) == []
+    assert load_tokenizer(str(tmp_path / "hf")).identity == load_tokenizer(words).identity
 
 
 @pytest.mark.slow
@@ -87,7 +188,7 @@ def test_an_export_that_computes_something_else_is_refused_and_leaves_nothing(
     monkeypatch.setattr(library, "GPT2_NAMES", swapped)
     result = command("export", out, "--to", "hf", "--out", tmp_path / "hf")
     assert result.exit_code == 1
-    assert "the exported model does not compute what ours does: its outputs differ by " in result.stderr
+    assert "the exported model does not compute what ours does: its logits differ by " in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

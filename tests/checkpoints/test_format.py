@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests import mounts
 from xtrain.checkpoints import writer
 from xtrain.checkpoints.format import (
+    ADAPTED,
     MANIFEST,
     MODEL_INDEX,
     OPTIMIZER_INDEX,
@@ -30,8 +31,11 @@ from xtrain.checkpoints.format import (
     complete_checkpoints,
     manifest_bytes,
 )
+from xtrain.checkpoints.shares import plan_files
 from xtrain.checkpoints.tensorfile import DTYPES
-from xtrain.checkpoints.writer import Tensors, write
+from xtrain.checkpoints.writer import Tensors, begin, commit, finish_files, form_of, write, write_pieces
+from xtrain.contract import StatePiece
+from xtrain.models.hf_folder import CONFIG
 
 TENSORS: Tensors = {
     ("a.weight", "weight"): torch.arange(6.0).reshape(2, 3),
@@ -69,6 +73,33 @@ def test_what_was_written_is_read_back_by_name_and_kind(tmp_path: Path) -> None:
         assert torch.equal(found, tensor)
     assert reader.read("a.weight", "exp_avg_sq") is None
     assert reader.read("b.weight", "weight") is None
+
+
+@pytest.mark.parametrize("others", [{}, {CONFIG: b"{}"}], ids=["ours", "of a library"])
+def test_names_are_ours_whatever_a_librarys_are_in_the_files(
+    tmp_path: Path, others: dict[str, bytes]
+) -> None:
+    """A library may have names that begin as our wrapper does."""
+    tensors: Tensors = {
+        ("model.model.a", "weight"): torch.ones(2),
+        ("model.model.a", "exp_avg"): torch.ones(3),
+        ("model.a", "weight"): torch.ones(4),
+    }
+    layout = {key: form_of(tensor) for key, tensor in tensors.items()}
+    plan, partial = plan_files(layout, 1, wrapper=ADAPTED if others else ""), begin(tmp_path, 7)
+    written = write_pieces(partial, plan, (StatePiece(*key, tensor) for key, tensor in tensors.items()))
+    facts = finish_files(partial, plan, 0, [written])
+    checkpoint = commit(partial, state(7), plan, [facts], others)
+    checkpoint.check(hashes=True)
+    reader = checkpoint.reader()
+    for (name, kind), tensor in tensors.items():
+        found = reader.read(name, kind)
+        assert found is not None
+        assert found.shape == reader.shape(name, kind) == tensor.shape
+    assert sorted(reader.keys("weight")) == ["model.a", "model.model.a"]
+    assert reader.keys("exp_avg") == ["exp_avg/model.model.a"]
+    expected = ["a", "model.a"] if others else ["model.a", "model.model.a"]
+    assert sorted(load_file(checkpoint.path / WEIGHTS)) == expected
 
 
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -216,7 +247,9 @@ def test_a_damaged_file_is_named_without_reading_it_all(
 
 
 @pytest.mark.parametrize("file", ALL_FILES)
-def test_any_byte_that_flipped_is_found(tmp_path: Path, file: str) -> None:
+def test_any_byte_that_flipped_is_found(
+    tmp_path: Path, file: str, record_property: Callable[[str, object], None]
+) -> None:
     checkpoint = write(tmp_path, state(4), TENSORS)
     path = checkpoint.path / file
     whole = path.read_bytes()
@@ -226,6 +259,7 @@ def test_any_byte_that_flipped_is_found(tmp_path: Path, file: str) -> None:
             Checkpoint(checkpoint.path, 4).check(hashes=True)
     path.write_bytes(whole)
     Checkpoint(checkpoint.path, 4).check(hashes=True)
+    record_property("bytes flipped one at a time", len(whole))
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:

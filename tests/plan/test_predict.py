@@ -46,7 +46,9 @@ def test_what_cannot_be_predicted_is_null_and_printed_as_such(tmp_path: Path) ->
 
 
 class Engine:
-    """Holds nothing; a prediction asks no more of it."""
+    """Holds nothing, of so many parameters; a prediction asks no more of it."""
+
+    parameter_count = 1000
 
     def holdings(self) -> dict[str, Any]:
         return {}

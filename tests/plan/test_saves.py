@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints.test_manager import MINIMAL
+from tests.small_runs import run
 from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer
 from xtrain.contract import Job, StepInput
@@ -17,6 +18,8 @@ from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
 from xtrain.plan.command import answer_spec
 from xtrain.plan.saves import background_copy_bytes
+from xtrain.records.record import load_record, prediction
+from xtrain.records.summary import format_bytes
 from xtrain.spec.tree import Spec
 
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -53,6 +56,20 @@ def test_the_copy_of_a_background_save_is_what_was_predicted(
     )
     checkpointer.save(engine, 1, last=True)
     assert checkpointer.buffers.bytes == background_copy_bytes(spec, engine.parameter_count, 1)
+
+
+def test_a_run_holds_its_copy_against_what_was_predicted(tmp_path: Path) -> None:
+    result = run(tmp_path, "--out", tmp_path / "out", backend="cpu", checkpoint__background="true")
+    record = load_record(tmp_path / "out")
+    (memory,), predicted = record.memory, prediction(record)
+    assert predicted is not None
+    assert memory.save_copy_bytes == predicted.save_copy_bytes > 0
+    said = format_bytes(memory.save_copy_bytes)
+    told = f"memory, a copy for saves {said} on the host, predicted {said} (+0.0%)"
+    assert told in " ".join(result.stdout.split())
+    result = run(tmp_path, "--out", tmp_path / "at-once", backend="cpu")
+    assert load_record(tmp_path / "at-once").memory[0].save_copy_bytes is None
+    assert "a copy for saves" not in result.stdout
 
 
 def test_without_saves_in_the_background_nothing_is_kept() -> None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from xtrain.checkpoints.format import Checkpoint, State
+from xtrain.checkpoints.format import ADAPTED, Checkpoint, State
 from xtrain.checkpoints.writer import form_of, write_streamed
 from xtrain.contract import JSON, PiecewiseSource, StateForm, StateKey, StateKind, StatePiece
 from xtrain.data import open_data
 from xtrain.errors import RequestError, RunFailed
 from xtrain.measure.machine import RECORDED_PACKAGES, package_version
 from xtrain.models.hf_folder import CONFIG
-from xtrain.models.init_from import ADAPTED, SHOWN
+from xtrain.models.init_from import SHOWN
 from xtrain.models.source import model_source
 from xtrain.records.rundir import RunDirectory
 from xtrain.spec import dump_spec

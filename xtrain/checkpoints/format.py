@@ -7,6 +7,7 @@
         optimizer.safetensors.index.json
         state.json                               step, guards, each rank's extras, data hash, spec, versions
         manifest.json                            size and sha256 of each of these; written last
+        config.json                              of a model.hf: tensors then have their library's names
 
 xtrain/checkpoints/writer.py writes it. Nothing in it is a pickle, and nothing in it leads outside its folder.
 """
@@ -30,6 +31,7 @@ from pydantic_core import from_json
 from xtrain.checkpoints.tensorfile import DTYPES, Shape
 from xtrain.contract import StateKind
 from xtrain.errors import RequestError
+from xtrain.models.hf_folder import CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,9 @@ MODEL_INDEX, OPTIMIZER_INDEX = "model.safetensors.index.json", "optimizer.safete
 STATE, MANIFEST = "state.json", "manifest.json"
 ALWAYS = (STATE, MODEL_INDEX, OPTIMIZER_INDEX)
 """What every manifest lists; the tensors' files are those of the indexes."""
+ADAPTED = "model."
+"""What a parameter's name begins with where the model is not ours (xtrain/models/adapter.py). In a checkpoint
+with CONFIG it is left out: the names are those of the model's library."""
 VERSION_1_WEIGHTS, VERSION_1_MOMENTS = "weights.safetensors", "moments.safetensors"
 LARGEST_JSON_BYTES = 64 << 20
 _HASHED_AT_ONCE = 4
@@ -186,7 +191,7 @@ class Reader:
         self._files: dict[str, Any] = {}
 
     def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
-        key = key_of(name, kind)
+        key = self._key_of(name, kind)
         place = self._index(kind).get(key)
         if place is None:
             return None
@@ -196,18 +201,21 @@ class Reader:
         return self._files[place].get_tensor(key)  # type: ignore[no-any-return]
 
     def keys(self, kind: StateKind) -> list[str]:
-        """Of the file family that `kind` is in: names, or <kind>/<name>."""
-        return list(self._index(kind))
+        """Of the file family that `kind` is in: our names, or <kind>/<name>."""
+        if kind in ("weight", "buffer"):
+            return [f"{self._wrapper}{key}" for key in self._weights]
+        found = (key.partition("/") for key in self._moments)
+        return [f"{moment}/{self._wrapper}{name}" for moment, _, name in found]
 
     def shape(self, name: str, kind: StateKind) -> Shape | None:
         """Without reading the tensor; None when there is none."""
-        key = key_of(name, kind)
+        key = self._key_of(name, kind)
         place = self._index(kind).get(key)
         return None if place is None else tuple(self._slice(place, key).get_shape())
 
     def dtype(self, name: str, kind: StateKind) -> str:
         """As the format names it, of a tensor that is there."""
-        key = key_of(name, kind)
+        key = self._key_of(name, kind)
         return str(self._slice(self._index(kind)[key], key).get_dtype())
 
     def check_files(self) -> None:
@@ -215,6 +223,13 @@ class Reader:
         for index in (self._weights, self._moments):
             for key, place in index.items():
                 self._slice(place, key)
+
+    @cached_property
+    def _wrapper(self) -> str:
+        return ADAPTED if CONFIG in self._checkpoint.manifest.files else ""
+
+    def _key_of(self, name: str, kind: StateKind) -> str:
+        return key_of(name.removeprefix(self._wrapper), kind)
 
     def _index(self, kind: StateKind) -> Mapping[str, str]:
         return self._weights if kind in ("weight", "buffer") else self._moments

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias
 
+from pydantic import JsonValue
+
 from xtrain.checkpoints.format import (
+    ADAPTED,
     STATE,
     Checkpoint,
     CheckpointError,
@@ -22,11 +26,12 @@ from xtrain.checkpoints.saving import HostBuffers, Save, Writing
 from xtrain.checkpoints.select import prune
 from xtrain.checkpoints.shares import MOMENTS, Plan, plan_files
 from xtrain.checkpoints.writer import begin
-from xtrain.contract import Engine, Resolved, StateKind, StatePiece
+from xtrain.contract import Engine, Resolved, StateForm, StateKey, StateKind, StatePiece
 from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.host_random import host_random_state, restore_host_random
 from xtrain.measure.machine import RECORDED_PACKAGES, package_version
+from xtrain.models.hf_folder import CONFIG
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
 
@@ -64,8 +69,11 @@ class Checkpointer:
     """Step and eval_loss of the lowest so far; the same on every rank."""
     model_hash: str | None = None
     buffers: HostBuffers = field(default_factory=HostBuffers)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What the model's library wants beside the weights; the same on every rank."""
     writing: Writing | None = None
     """The save that is under way in the background."""
+    _planned: tuple[Mapping[StateKey, StateForm], Plan] | None = None
 
     def __post_init__(self) -> None:
         self.last_seconds = monotonic()
@@ -141,7 +149,14 @@ class Checkpointer:
         best_step = self.best[0] if self.best else None
         prune_after = functools.partial(self._prune, best_step)
         save = Save(
-            Path(partial), plan, self.rank, self.resolved.world, state, self.before_commit, prune_after
+            Path(partial),
+            plan,
+            self.rank,
+            self.resolved.world,
+            state,
+            self.before_commit,
+            prune_after,
+            self.files,
         )
         if self.section.background:
             self.writing = Writing(save, self.buffers.copy(pieces))
@@ -150,11 +165,17 @@ class Checkpointer:
             self._write(engine, save, pieces)
 
     def _plan(self, engine: Engine) -> Plan:
+        """That of the save before, where the state has the same form."""
+        layout, wrapper = engine.state_layout(), ADAPTED if CONFIG in self.files else ""
+        if self._planned is not None and self._planned[0] == layout:
+            return self._planned[1]
         try:
-            return plan_files(engine.state_layout(), self.resolved.world)
+            plan = plan_files(layout, self.resolved.world, wrapper=wrapper)
         except ValueError as error:  # the same on every rank, as the layout is
             self._agree(engine, str(error))
             raise
+        self._planned = layout, plan
+        return plan
 
     def _open(self, done: int) -> tuple[str | None, Words | None]:
         """On rank 0: the folder to write into, or what went wrong."""
@@ -176,8 +197,13 @@ class Checkpointer:
             model_hash=self.model_hash,
             best=self.best,
             spec=dump_spec(self.resolved.spec),
-            versions={name: package_version(name) for name in RECORDED_PACKAGES},
+            versions=self._versions,
         )
+
+    @cached_property
+    def _versions(self) -> dict[str, JsonValue]:
+        """Asked for once: it is read from files, while training waits."""
+        return {name: package_version(name) for name in RECORDED_PACKAGES}
 
     def _write(self, engine: Engine, save: Save, pieces: Iterator[StatePiece]) -> None:
         """While training waits."""
@@ -193,11 +219,15 @@ class Checkpointer:
         writing, self.writing = self.writing, None
         if writing is None:
             return
-        problem = None
+        problem, ended = None, False
         for stage in (writing.written, writing.finished):  # every rank gets through one before the next
-            if problem is None:
+            if problem is None and not ended:
                 stage.wait()
-                problem = _first(engine.gather(writing.problem))
+                found: list[Any] = engine.gather([not writing.is_alive(), writing.problem])
+                ended = all(alone for alone, _ in found)  # long ago, most likely: then all is said
+                problem = _first(problem for _, problem in found)
+        if ended and problem is None:
+            return
         writing.end(math.inf if problem is None else 0.0)
         try:
             self._agree(engine, problem or writing.problem)

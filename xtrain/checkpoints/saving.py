@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic, sleep
@@ -44,6 +44,8 @@ class Save:
     """Rank 0 has it."""
     before_commit: Callable[[], None]
     after_commit: Callable[[], None]
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    """What else is to be in the folder, by file name."""
 
     def write(self, pieces: Iterator[StatePiece]) -> str | None:
         """Write this rank's pieces, and draw all of them whatever happens: others wait for it."""
@@ -69,7 +71,7 @@ class Save:
             for file in self.partial.glob(".*.json"):
                 file.unlink()
             self.before_commit()
-            commit(self.partial, self.state, self.plan, finished)
+            commit(self.partial, self.state, self.plan, finished, self.others)
             self.after_commit()
             return None
         except (OSError, ValueError) as error:

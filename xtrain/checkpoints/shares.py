@@ -51,6 +51,12 @@ class Plan:
     files: Sequence[PlannedFile]
     owners: Mapping[str, int]
     """Who writes what several ranks hold alike, by name."""
+    wrapper: str = ""
+    """What is left out in front of every name (xtrain/checkpoints/format.py)."""
+
+    def key_of(self, name: str, kind: StateKind) -> str:
+        """The key of a tensor in its file."""
+        return key_of(name.removeprefix(self.wrapper), kind)
 
     @cached_property
     def file_of(self) -> Mapping[str, PlannedFile]:
@@ -64,20 +70,23 @@ class Plan:
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
 
-def plan_files(layout: Mapping[StateKey, StateForm], world: int, shard_bytes: int = SHARD_BYTES) -> Plan:
+def plan_files(
+    layout: Mapping[StateKey, StateForm], world: int, shard_bytes: int = SHARD_BYTES, wrapper: str = ""
+) -> Plan:
     """The same for the same arguments, whatever their order. ValueError names what no checkpoint can hold."""
     shards = share_out({name: form.shape for (name, _), form in layout.items()}, world, shard_bytes)
     shard_of = {name: shard for shard in shards for name in shard.shapes}
     forms: dict[tuple[str, Family], dict[str, StateForm]] = {}
     for name, kind in sorted(layout):
         family: Family = "optimizer" if kind in MOMENTS else "model"
-        forms.setdefault((shard_of[name].label, family), {})[key_of(name, kind)] = layout[name, kind]
+        key = key_of(name.removeprefix(wrapper), kind)
+        forms.setdefault((shard_of[name].label, family), {})[key] = layout[name, kind]
     rank_of = {shard.label: shard.rank for shard in shards}
     files = [
         PlannedFile(f"{family}-{label}.safetensors", family, rank_of[label], FileLayout.of(tensors))
         for (label, family), tensors in sorted(forms.items())
     ]
-    return Plan(files, {name: shard.rank for name, shard in shard_of.items()})
+    return Plan(files, {name: shard.rank for name, shard in shard_of.items()}, wrapper)
 
 
 def share_out(shapes: Mapping[str, Shape], world: int, shard_bytes: int = SHARD_BYTES) -> list[Shard]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
 from xtrain.checkpoints.format import (
@@ -27,12 +28,11 @@ from xtrain.checkpoints.format import (
     State,
     complete_checkpoints,
     folder_name,
-    key_of,
     manifest_bytes,
     replaced_name,
     sha256,
 )
-from xtrain.checkpoints.shares import Family, Plan, plan_files
+from xtrain.checkpoints.shares import Family, Plan, PlannedFile, plan_files
 from xtrain.checkpoints.tensorfile import TensorFile
 from xtrain.contract import JSON, StateForm, StateKey, StatePiece
 from xtrain.durable import sync
@@ -72,7 +72,7 @@ def write_pieces(partial: Path, plan: Plan, pieces: Iterable[StatePiece]) -> Wri
     with ExitStack() as stack:
         files: dict[str, TensorFile] = {}
         for piece in pieces:
-            key = key_of(piece.name, piece.kind)
+            key = plan.key_of(piece.name, piece.kind)
             file = plan.file_of[key]
             if file.name not in files:
                 files[file.name] = stack.enter_context(TensorFile(partial / file.name, file.layout))
@@ -100,17 +100,25 @@ def finish_files(partial: Path, plan: Plan, rank: int, written: Sequence[Written
     return facts
 
 
-def commit(partial: Path, state: State, plan: Plan, finished: Sequence[FileFacts]) -> Checkpoint:
-    """Make a checkpoint of what the ranks wrote. A complete one of the same step is replaced."""
+def commit(
+    partial: Path,
+    state: State,
+    plan: Plan,
+    finished: Sequence[FileFacts],
+    others: Mapping[str, bytes] = MappingProxyType({}),
+) -> Checkpoint:
+    """Make a checkpoint of what the ranks wrote, and `others`, files by name.
+
+    A complete one of the same step is replaced.
+    """
     final = partial.with_name(folder_name(state.step))
     replaced = partial.with_name(replaced_name(state.step))
     files: dict[str, JSON] = {name: facts for by_rank in finished for name, facts in by_rank.items()}
     for family, name in _INDEXES.items():
         own = [file for file in plan.files if file.family == family]
-        places = {key: file.name for file in own for key in file.layout.places}
-        total = sum(file.layout.data_bytes for file in own)
-        index: JSON = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        files[name] = _write(partial / name, json.dumps(index, indent=2).encode())
+        files[name] = _write(partial / name, index_bytes(own))
+    for name, content in others.items():
+        files[name] = _write(partial / name, content)
     files[STATE] = _write(partial / STATE, state.model_dump_json(indent=2).encode())
     manifest: dict[str, JSON] = {"format_version": FORMAT_VERSION, "step": state.step, "files": files}
     _write(partial / MANIFEST, manifest_bytes(manifest))
@@ -126,6 +134,14 @@ def commit(partial: Path, state: State, plan: Plan, finished: Sequence[FileFacts
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final, state.step)
+
+
+def index_bytes(files: Sequence[PlannedFile]) -> bytes:
+    """Which file each tensor is in, as Hugging Face has it."""
+    places = {key: file.name for file in files for key in file.layout.places}
+    total = sum(file.layout.data_bytes for file in files)
+    index: JSON = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2).encode()
 
 
 def discard(partial: Path) -> None:

@@ -124,7 +124,9 @@ def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
         return
     click.echo(f"wrote step {found.step} to {written.path}: {format_bytes(written.bytes)}, {dtype}")
     if written.difference is not None:
-        click.echo(f"loaded by transformers: outputs within {written.difference:.1e} of ours")
+        click.echo(
+            f"loaded by transformers: largest difference of a logit from ours {written.difference:.1e}"
+        )
     for note in written.notes:
         click.echo(f"not carried: {note}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +54,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> NDArray[np.integer[Any]]:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return np.asarray(encoded["input_ids"], np.int64)
+
+    def save(self, folder: Path) -> None:
+        """As the library stores it."""
+        self._tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:

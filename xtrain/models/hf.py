@@ -10,12 +10,12 @@ import copy
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xtrain.errors import RequestError, XtrainError, described, is_about_memory
-from xtrain.models.hf_folder import folder_problems, has_weights, local_folder
+from xtrain.models.hf_folder import CONFIG, folder_problems, has_weights, local_folder
 from xtrain.spec.tree import MemorySection, Spec
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class HuggingFaceSource:
             self.text = self.config.get_text_config()
             self._set_vocabulary(data_vocab_size)
             self._check_context()
+            self.config_elsewhere = copy.deepcopy(self.config)
+            """For other programs: with its own dropouts, and generating from kept values."""
             self.dropout_note = set_dropouts(self.text, spec.model.dropout)
             self.config.use_cache = self.text.use_cache = (
                 False  # keys and values are kept for generation only
@@ -69,6 +71,17 @@ class HuggingFaceSource:
         """Of the config, wherever it lies."""
         content = json.dumps(_without_places(self.config.to_dict()), sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The config: a checkpoint of the model is then a folder that the library loads."""
+        return {CONFIG: self.config_of("float32").to_json_string().encode()}
+
+    def config_of(self, dtype: str) -> Any:
+        """For other programs that find the weights in this dtype; after `build`."""
+        config = copy.deepcopy(self.config_elsewhere)
+        config.dtype = dtype
+        return config
 
     def build(self) -> nn.Module:
         with self._trying("built"):
@@ -99,6 +112,7 @@ class HuggingFaceSource:
         self.notes = [self.dropout_note] if self.dropout_note else []
         self._note_padding(model)
         self._note_blocks(model)
+        self.config_elsewhere.architectures = [type(model).__name__]
         return self._adapted(model).train()
 
     def skeleton(self) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xtrain.checkpoints.format import CheckpointError, Reader
+from xtrain.checkpoints.format import ADAPTED, MANIFEST, CheckpointError, Reader
 from xtrain.checkpoints.select import select
 from xtrain.checkpoints.tensorfile import Shape
 from xtrain.contract import GradualSource
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from xtrain.models.source import NotedSource, PresetSource
 
-ADAPTED = "model."
-"""What a parameter's name begins with here where the model is not ours (xtrain/models/adapter.py)."""
 SHOWN = 3
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of what becomes a weight."""
@@ -51,6 +49,10 @@ class StoredStart:
     def notes(self) -> Sequence[str]:
         return (*self.source.notes, *self._passed_over)
 
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return self.source.files
+
     def build(self) -> nn.Module:
         return self._loaded(self.source.build())
 
@@ -66,7 +68,7 @@ class StoredStart:
         return model
 
     def _stored(self) -> Stored:
-        return _of_library(self.folder) if (self.folder / CONFIG).is_file() else self._of_run()
+        return _of_library(self.folder) if _is_library(self.folder) else self._of_run()
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return self.source.decayed(name, parameter)
@@ -145,6 +147,11 @@ class OfCheckpoint:
         found = self._reader.read(name, "buffer")  # a weight too: of any dtype
         assert found is not None
         return found
+
+
+def _is_library(folder: Path) -> bool:
+    """Whether it is a folder of Hugging Face's form, and no checkpoint, which may have a config too."""
+    return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
 class OfLibrary:

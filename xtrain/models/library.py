@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xtrain.checkpoints.format import ADAPTED
 from xtrain.contract import StateReader
+from xtrain.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from xtrain.errors import RequestError
-from xtrain.models.init_from import ADAPTED
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
 
@@ -43,22 +47,39 @@ class LibraryForm(ABC):
         start = spec.model.model_copy(update={"init_from": None})
         self.spec = spec.model_copy(update={"model": start})
         self.source = model_source(self.spec, data_vocab_size)
+        self.model = self.source.build().eval()
 
     @abstractmethod
-    def config(self) -> Any: ...
+    def config(self, dtype: str) -> Any:
+        """For weights of this dtype."""
 
     @abstractmethod
     def convert(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Our name and tensor to the library's."""
 
     @abstractmethod
-    def outputs(self, model: Any, library: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is compared, of our model and of the library's."""
+    def outputs(self, library: Any, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is compared, of our model and of the library's: logits [sequences, tokens, vocabulary], ..."""
+
+    def kept(self, names: Iterable[str]) -> list[str]:
+        """All but buffers that the model computes anew whenever it is built."""
+        own = self.model.state_dict()
+        return [name for name in names if name in own]
 
     def write_config(self, folder: Path, dtype: str) -> None:
-        config = self.config()
-        config.dtype = dtype
-        config.save_pretrained(folder)
+        self.config(dtype).save_pretrained(folder)
+
+    def write_companions(self, folder: Path) -> Iterator[str]:
+        """The tokenizer, where the library knows it; yields what cannot be carried."""
+        try:
+            tokenizer = load_tokenizer(self.spec.data.tokenizer)
+        except RequestError as error:
+            yield f"the tokenizer: {error}"
+            return
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            tokenizer.save(folder)
+        else:
+            yield f"the tokenizer: the library has none like data.tokenizer {self.spec.data.tokenizer}"
 
     def difference(self, reader: StateReader, folder: Path, dtype: str) -> float:
         """Between our model with the checkpoint's weights, rounded as the folder's are, and the folder's."""
@@ -67,25 +88,25 @@ class LibraryForm(ABC):
         library = _transformers().AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True
         )
-        model = self.source.build().eval()
         with torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
                 if (stored := reader.read(name, "buffer")) is not None:
                     rounded = stored.to(getattr(torch, dtype)) if stored.dtype == torch.float32 else stored
                     tensor.copy_(rounded)
             generator = torch.Generator().manual_seed(PROBE_SEED)
             vocabulary = library.config.get_text_config().vocab_size
             tokens = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=generator)
-            ours, theirs = self.outputs(model, library.eval(), tokens)
-        return float((ours - theirs).abs().max() / theirs.abs().max())
+            found = [_relative(*pair) for pair in self.outputs(library.eval(), tokens)]
+        return max(found, key=lambda one: math.inf if math.isnan(one) else one)
 
 
 class PresetForm(LibraryForm):
     """A preset is GPT-2, in other words."""
 
-    def config(self) -> Any:
+    def config(self, dtype: str) -> Any:
         size: Any = self.source.size  # type: ignore[attr-defined]
         return _transformers().GPT2Config(
+            dtype=dtype,
             vocab_size=size.vocab_size,
             n_positions=size.positions,
             n_embd=size.hidden,
@@ -104,26 +125,38 @@ class PresetForm(LibraryForm):
         linear = kind == "weight" and not inner.endswith("norm")
         return f"transformer.h.{layer}.{GPT2_NAMES[inner]}.{kind}", tensor.t() if linear else tensor
 
-    def outputs(self, model: Any, library: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return model(tokens), library(tokens).logits
+    def outputs(self, library: Any, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield self.model(tokens), library(tokens).logits
 
 
 class HuggingFaceForm(LibraryForm):
     """A model of the library has its own names; ours wraps it."""
 
-    def config(self) -> Any:
-        return self.source.config  # type: ignore[attr-defined]
+    def config(self, dtype: str) -> Any:
+        return self.source.config_of(dtype)  # type: ignore[attr-defined]
+
+    def write_companions(self, folder: Path) -> Iterator[str]:
+        yield from super().write_companions(folder)
+        with suppress(OSError):  # not every model has one
+            settings = _transformers().GenerationConfig
+            settings.from_pretrained(self.source.path).save_pretrained(folder)  # type: ignore[attr-defined]
 
     def convert(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         return name.removeprefix(ADAPTED), tensor
 
-    def outputs(self, model: Any, library: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of token losses: ours makes no logits."""
+    def outputs(self, library: Any, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits of the model inside of ours, and the sum of token losses, for which ours makes none."""
         import torch.nn.functional as F
 
-        logits = library(tokens).logits.flatten(0, 1).float()
+        theirs = library(tokens).logits.float()
+        yield self.model.model(tokens).logits.float(), theirs  # type: ignore[operator]
         targets = tokens.roll(-1, dims=1)
-        return model(tokens, targets), F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        expected = F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="sum")
+        yield self.model(tokens, targets), expected
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def library_form(spec: Spec, data_vocab_size: int) -> LibraryForm:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xtrain.contract import ModelSource
@@ -43,6 +44,11 @@ class NotedSource(ModelSource, Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What a person should know about the model that was built, a sentence each; after `build`."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """By name, what its library wants beside the weights; after `build`."""
         ...
 
 
@@ -82,6 +88,7 @@ class PresetSource:
 
     notes = ()
     content_hash = None
+    files: Mapping[str, bytes] = MappingProxyType({})
 
     def __init__(self, spec: Spec, data_vocab_size: int) -> None:
         size = fitted_dimensions(spec, data_vocab_size)
@@ -133,6 +140,7 @@ class FactorySource:
     """
 
     notes = ()
+    files: Mapping[str, bytes] = MappingProxyType({})
     shape = None
     content_hash = None
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 from xtrain.contract import MEMORY_CATEGORIES, Engine
 from xtrain.models.presets import fitted_dimensions
 from xtrain.plan.layout import HOST, Planned, peaks
+from xtrain.plan.saves import background_copy_bytes
 from xtrain.plan.step import preset_step
 from xtrain.records.record import Predicted
 from xtrain.spec.tree import Spec
 
 
 def predict(spec: Spec, world: int, backend: object, data_vocab_size: int, engine: Engine) -> Predicted:
-    """Of one process of `backend`, whose engine stands; with a reason instead where that is not known."""
+    """Of one process of `backend`, whose engine stands: of a step, and of saves in the background."""
+    kept = background_copy_bytes(spec, engine.parameter_count, world)
+    step = _predict_step(spec, world, backend, data_vocab_size, engine)
+    return step.model_copy(update={"save_copy_bytes": kept})
+
+
+def _predict_step(spec: Spec, world: int, backend: object, data_vocab_size: int, engine: Engine) -> Predicted:
+    """With a reason instead where it is not known."""
     if reason := _unknown(spec, backend):
         return Predicted(reason=reason)
     assert isinstance(backend, Planned)

@@ -152,6 +152,8 @@ class RankMemory(Part):
     """On the device, at the end."""
     step_peaks: StepPeaks | None = None
     """Everywhere, when a step held most."""
+    save_copy_bytes: Natural | None = None
+    """On the host, kept by saves in the background from one to the next; None where there was none."""
 
     @classmethod
     def of(
@@ -205,6 +207,8 @@ class Predicted(Part):
     """The moment of the step at which each place is fullest."""
     reason: str | None = None
     """Why there is nothing to compare."""
+    save_copy_bytes: Natural = 0
+    """As in RankMemory."""
 
 
 class RunRecord(Part):

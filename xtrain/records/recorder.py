@@ -89,7 +89,8 @@ class Facts:
 def rank_memory(engine: Engine, rank: int, before: Counter, loop: Loop) -> RankMemory:
     """What this rank holds at the end; `before` is its resident set before the model was built."""
     memory = RankMemory.of(rank, engine.memory(), resident_bytes(), loop.peak_live_bytes, loop.step_memory)
-    return memory.model_copy(update={"rss_before_bytes": before.bytes})
+    kept = loop.checkpointer.buffers.bytes if loop.checkpointer else 0
+    return memory.model_copy(update={"rss_before_bytes": before.bytes, "save_copy_bytes": kept or None})
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def render_summary(record: RunRecord, directory: Path) -> str:
         *_utilisation(record),
         *(("memory, " + name, _memory(record.memory, key)) for key, name in COUNTERS.items()),
         *_step_peaks(record),
+        *_save_copy(record),
         ("time", _time(record.time_split)),
         *_imbalance(record),
         *_busy(record),
@@ -181,6 +182,17 @@ def _step_peaks(record: RunRecord) -> list[tuple[str, str]]:
     if predicted is not None and predicted.peak_bytes is None:
         rows.append(("memory, as predicted", f"not predicted: {clean(predicted.reason or '')}"))
     return rows
+
+
+def _save_copy(record: RunRecord) -> list[tuple[str, str]]:
+    """What saves in the background keep on the rank that keeps most, and what was predicted of it."""
+    kept = max((rank.save_copy_bytes or 0 for rank in record.memory), default=0)
+    predicted = prediction(record)
+    if not kept:
+        return []
+    said = predicted.save_copy_bytes if predicted else 0
+    told = f", predicted {format_bytes(said)} ({said / kept - 1:+.1%})" if said else ""
+    return [("memory, a copy for saves", f"{format_bytes(kept)} on the host{told}")]
 
 
 def _imbalance(record: RunRecord) -> list[tuple[str, str]]:
