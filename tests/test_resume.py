@@ -18,6 +18,8 @@ from tests import mounts
 from tests.checkpoints.test_commands import command
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps, weights
 from xtrain.checkpoints.format import MANIFEST, STATE, manifest_bytes
+from xtrain.checkpoints.manager import Checkpointer
+from xtrain.launching.watchdog import Watchdog
 from xtrain.records.metrics import MetricsLog
 from xtrain.records.record import load_record
 from xtrain.resume import MAY_CHANGE, differences
@@ -349,6 +351,22 @@ def test_a_damaged_one_that_was_named_is_refused_and_nothing_is_changed(tmp_path
     assert files(out) == before
     assert run(tmp_path, "--resume", out / "checkpoints" / "step-00000004").exit_code == 0
     assert steps(out) == ALL
+
+
+def test_a_disk_that_hangs_while_a_broken_run_leaves_is_watched_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for owner, name in ((Checkpointer, "close"), (Watchdog, "__exit__")):
+        plain = getattr(owner, name)
+
+        def noted(one: Any, *words: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
+            order.append(name)
+            return plain(one, *words)
+
+        monkeypatch.setattr(owner, name, noted)
+    assert run(tmp_path, "--out", tmp_path / "out").exit_code == 0
+    assert order == ["close", "__exit__"]
 
 
 def test_metrics_that_are_gone_are_told(tmp_path: Path) -> None:

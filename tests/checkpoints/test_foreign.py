@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.small_runs import SPEC, checkpoints, run, steps, weights
+from tests.test_resume import forge_extras
 from xtrain.checkpoints.foreign import matched
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.cli import main
@@ -62,6 +63,10 @@ def test_what_a_form_cannot_carry_is_said(tmp_path: Path, universal: Path) -> No
         "random states, guards and the position in the data: xtrain's own"
         in json.loads(result.stdout)["notes"]
     )
+    (checkpoint,) = complete_checkpoints(tmp_path / "out" / "checkpoints")
+    forge_extras(checkpoint.path, lambda extras: {**extras, "optimizer_steps_of": {"head.norm.bias": 2}})
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "counted")], catch_exceptions=False)
+    assert "how often 1 parameters were updated: DeepSpeed counts for all together" in result.stdout
     result = CliRunner().invoke(main, [*words, "--dtype", "bf16", "--out", str(tmp_path / "third")])
     assert result.exit_code == 2
     assert "a universal checkpoint has fp32 weights" in result.stderr
