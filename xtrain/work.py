@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from time import perf_counter
 
 from xtrain.checkpoints.format import complete_checkpoints
@@ -21,7 +22,7 @@ from xtrain.fitting import Fitted, TooMuch, fit
 from xtrain.guards import Guards, watches
 from xtrain.host_random import seed_host
 from xtrain.launching.preflight import everyones, host_name, known, preflight, told_to_others
-from xtrain.launching.watchdog import Watchdog
+from xtrain.launching.watchdog import Patience, Watchdog
 from xtrain.launching.worker import launched, leave_word
 from xtrain.loop import Loop
 from xtrain.measure.busy import BusyMeter
@@ -218,9 +219,11 @@ class Run:
         elif self.request.resume:
             observer.say(f"{self.request.resume} has no checkpoint yet: starting at step 0")
         who = f"rank {self.job.rank} of {self.job.world} on {host_name()}"
-        watchdog = Watchdog(_hang_seconds(spec), who, self._leave_hanging)
         checkpointer = self._checkpointer(observer)
         meter = BusyMeter(engine)
+        patience = Patience(_hang_seconds(spec) or inf, spec.launch.grace_seconds or inf)
+        leave = partial(self._leave_hanging, checkpointer)
+        watchdog = Watchdog(patience, who, lambda: self.stop.requested, leave)
         loop = Loop(
             engine,
             self.facts.data,
@@ -275,6 +278,7 @@ class Run:
             best=self.begin.state.best if self.begin.state else None,
             model_hash=self.facts.model.content_hash,
             files=self.facts.model.files,
+            has_saved=self.begin.checkpoint is not None,
         )
 
     def _outcome_of(self, loop: Loop, last: int) -> Outcome:
@@ -319,13 +323,19 @@ class Run:
         with suppress(OSError):  # a reader that went away changes nothing about the run
             print(render_summary(record, self.directory.path), flush=True)
 
-    def _leave_hanging(self, reason: str) -> None:
-        """Last words of a process that is about to be ended by its watchdog."""
+    def _leave_hanging(self, checkpointer: Checkpointer, reason: str, asked: bool) -> int:
+        """Last words of a process that is about to be ended by its watchdog; returns the exit code.
+
+        Of one that was asked to stop it is as if it had saved, where the same command goes on from an earlier
+        checkpoint: a scheduler may give it again. Touches no disk: that may be what hangs.
+        """
+        code = EXIT_INTERRUPTED if asked and checkpointer.has_saved else EXIT_FAILED
         if launched():
-            leave_word(self.job.rank, EXIT_FAILED, reason)  # the launcher says how to go on
-        elif self.directory:
+            leave_word(self.job.rank, code, reason)  # of a failure the launcher says how to go on
+        if self.directory and (code == EXIT_INTERRUPTED or not launched()):
             go_on = self.request.resume_command(self.directory.path)
             print(f"error: {reason}\ngo on with: {go_on}", file=sys.stderr, flush=True)
+        return EXIT_DONE if launched() and code == EXIT_INTERRUPTED else code  # as interrupted workers do
 
     def _tell(self, ended: Outcome) -> int:
         """How to go on, where there is something left to do."""

@@ -96,6 +96,7 @@ SET: dict[str, dict[str, Any]] = {
     "memory.loss_chunk": {"memory": {"loss_chunk": 64}},
     "launch.processes": {"launch": {"processes": 2}},
     "launch.hang_minutes": {"launch": {"hang_minutes": 5.0}},
+    "launch.grace_seconds": {"launch": {"grace_seconds": 90.0}},
     "checkpoint.every_steps": {"checkpoint": {"every_steps": 50}},
     "checkpoint.every_minutes": {"checkpoint": {"every_minutes": 5.0}},
     "checkpoint.keep": {"checkpoint": {"keep": 1}},
@@ -182,6 +183,7 @@ EVERYWHERE = {
     "stability.grad_norm": "guards",
     "stability.stop_after": "guards",
     "launch.hang_minutes": "watchdog",
+    "launch.grace_seconds": "watchdog",
     "log.every_steps": "loop",
     "log.trackers": "trackers",
 }

@@ -10,15 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.small_runs import checkpoints, run, steps
+from tests.small_runs import SPEC, checkpoints, run, steps
 from tests.started import (  # noqa: F401
     ENDLESS,
+    PRESET,
     Started,
     nobody_is_left,
     starting,
     stuck_model,
     training,
 )
+from xtrain.checkpoints.select import select
 
 pytestmark = pytest.mark.slow
 
@@ -88,3 +90,40 @@ def test_one_killed_rank_ends_the_run_and_costs_the_steps_since_the_last_save(
     assert repeated <= SAVED_EVERY
     record_property("ranks that were killed", 1)
     record_property("steps trained again, of 4 between saves", float(repeated))
+
+
+HUNG_DISK = """\
+import os, time
+import torch
+
+class Model(torch.nn.Embedding):
+    passes = 0
+
+    def forward(self, tokens):
+        self.passes += 1
+        if self.passes == 11:  # in step 6, when step 5 was saved
+            os.fsync = lambda descriptor: time.sleep(3600)
+            print("the disk hangs", flush=True)
+        return super().forward(tokens)
+
+def build(**ignored):
+    return Model(257, 257)
+"""
+
+
+def test_a_disk_that_hangs_when_a_run_was_asked_to_stop_costs_the_steps_since_the_last_save(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    (tmp_path / "hung_disk.py").write_text(HUNG_DISK)
+    spec = SPEC.replace(PRESET, "{factory: hung_disk:build}")
+    saving = ["--set=checkpoint={every_steps: 1, background: true}", "--set=launch.grace_seconds=1"]
+    one = training(start, tmp_path, ["--backend", "cpu", *saving, *ENDLESS], spec)
+    one.wait_for("the disk hangs")
+    one.send(signal.SIGTERM)
+    assert one.ended() == 75, one.said()
+    *_, error, go_on = one.said().splitlines()
+    assert error.startswith("error: not saved 1 s after it was asked to stop (launch.grace_seconds): ")
+    assert shlex.split(go_on.removeprefix("go on with: "))[-2:] == ["--resume", str(one.out)]
+    found = select(one.out, hashes=True).checkpoint
+    assert found is not None
+    assert found.step in (4, 5)  # the last was perhaps still on its way

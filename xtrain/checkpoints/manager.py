@@ -68,6 +68,8 @@ class Checkpointer:
     best: tuple[int, float] | None = None
     """Step and eval_loss of the lowest so far; the same on every rank."""
     model_hash: str | None = None
+    has_saved: bool = False
+    """Whether there is a checkpoint to go on from, as far as the ranks know together."""
     buffers: HostBuffers = field(default_factory=HostBuffers)
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What the model's library wants beside the weights; the same on every rank."""
@@ -241,6 +243,7 @@ class Checkpointer:
         said: Any = engine.gather(words)[0]
         if said is not None:
             raise _NotSaved(*said)
+        self.has_saved = True
 
     def _words(self, step: int, reason: str) -> Words:
         assert self.folder is not None

@@ -1,4 +1,7 @@
-"""Ends a process that makes no step: where one rank hangs, all others wait for it, without a word."""
+"""Ends a process that makes no step, or does not leave when it was asked to.
+
+Where one rank hangs, all others wait for it, without a word; and a disk may hang while a state is saved.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,42 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from types import TracebackType
-
-from xtrain.errors import EXIT_FAILED
 
 LOOK_SECONDS = 1.0
 MARGIN_SECONDS = 20.0
 
 
-class Watchdog:
-    """While entered, ends this process when `beat` is not called for `limit_seconds` (None: never).
+@dataclass(frozen=True)
+class Patience:
+    """How long is waited."""
 
-    Before that it prints where every thread of it stood, and hands `leave` the reason.
+    step_seconds: float = inf
+    """From step to step."""
+    grace_seconds: float = inf
+    """After the process was asked to stop."""
+
+    @property
+    def shortest(self) -> float:
+        return min(self.step_seconds, self.grace_seconds)
+
+
+class Watchdog:
+    """While entered, ends this process when `beat` is not called for long, or long after it was `asked` to.
+
+    Before that it prints where every thread of it stood, and hands `leave` the reason and whether it was
+    asked; that returns the exit code.
     """
 
-    def __init__(self, limit_seconds: float | None, who: str, leave: Callable[[str], None]) -> None:
-        self._limit = limit_seconds
+    def __init__(
+        self, patience: Patience, who: str, asked: Callable[[], bool], leave: Callable[[str, bool], int]
+    ) -> None:
+        self._patience = patience
         self._who = who
+        self._asked = asked
         self._leave = leave
         self._last = monotonic()
         self._done = threading.Event()
@@ -36,8 +57,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.beat()
-        if self._limit is not None:
-            threading.Thread(target=self._watch, args=(self._limit,), name="watchdog", daemon=True).start()
+        if self._patience.shortest < inf:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
@@ -46,19 +67,30 @@ class Watchdog:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def _watch(self, limit: float) -> None:
-        while not self._done.wait(min(LOOK_SECONDS, limit / 4)):
-            # For a library that waits without letting Python's threads run: this one included. A machine
-            # with no room for one more thread does without.
-            with contextlib.suppress(RuntimeError):
-                faulthandler.dump_traceback_later(limit + MARGIN_SECONDS, exit=True, file=sys.__stderr__ or 2)
+    def _watch(self) -> None:
+        limit, grace, asked_at = self._patience.step_seconds, self._patience.grace_seconds, inf
+        while not self._done.wait(min(LOOK_SECONDS, self._patience.shortest / 4)):
+            asked_at = min(asked_at, monotonic() if self._asked() else inf)
+            self._end_without_python(limit if asked_at == inf else self._patience.shortest)
             if monotonic() - self._last > limit:
-                print(f"{self._who} stands here:\n{_stacks()}", file=sys.stderr, flush=True)
-                self._leave(
-                    f"no step for {_duration(limit)} (launch.hang_minutes): "
-                    "the stacks above show where every process stood"
-                )
-                os._exit(EXIT_FAILED)
+                self._end(f"no step for {_duration(limit)} (launch.hang_minutes)", asked=False)
+            if monotonic() - asked_at > grace:
+                said = f"not saved {_duration(grace)} after it was asked to stop (launch.grace_seconds)"
+                self._end(said, asked=True)
+
+    def _end_without_python(self, seconds: float) -> None:
+        """Some time after `seconds`, for a library that lets none of Python's threads run: this one included.
+
+        Put off each time. A machine with no room for one more thread does without.
+        """
+        if seconds < inf:
+            with contextlib.suppress(RuntimeError):
+                later = seconds + MARGIN_SECONDS
+                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__ or 2)
+
+    def _end(self, why: str, asked: bool) -> None:
+        print(f"{self._who} stands here:\n{_stacks()}", file=sys.stderr, flush=True)
+        os._exit(self._leave(f"{why}: the stacks above show where every process stood", asked))
 
 
 def _stacks() -> str:

@@ -273,6 +273,9 @@ class Launch(Section):
     hang_minutes: Positive | None = Field(
         30.0, description="a process that makes no step for so long is ended, and says where it stood"
     )
+    grace_seconds: Positive | None = Field(
+        None, description="a process that was asked to stop and has not saved for so long leaves all the same"
+    )
 
 
 class Checkpoint(Section):
