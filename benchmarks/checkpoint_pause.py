@@ -1,12 +1,13 @@
 """How long training stands still for a save, beside a plain `torch.save` of the same state.
 
-    python -m benchmarks.checkpoint_pause [--out FOLDER] [--lanes cpu,zero3x2] [--saves 8]
+    python -m benchmarks.checkpoint_pause [--lanes cpu,zero3x2] [--saves 8] [--out FOLDER] [--page MARKDOWN]
 
 Each lane is a fresh job. Its engine takes two updates, so that there are moments; then it saves in the
 background as `xtrain run` does. The pause is the time inside Checkpointer.save, from a barrier to this rank's
 return; between saves the writing is waited for, outside the clock. The first save makes the buffers and is
 told apart. torch.save writes what this rank writes, into the same folder, without fsync; the two take turns,
 and what either wrote is on the disk before the next begins. Medians over saves; the most over ranks.
+--page puts the table where the page has it, a line that begins with "| lane |" and those below it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ LANES = {"cpu": ("cpu", 0, 1), "cuda": ("cuda", 0, 1)} | {
     f"zero{stage}x{world}": ("deepspeed", stage, world) for world in (1, 2) for stage in range(4)
 }
 MIB = 1 << 20
+BAR = 0.25
+"""Of torch.save's time, at most."""
 
 
 SMALL = {"preset": "gpt2-nano", "layers": 6, "hidden": 512, "heads": 8}
@@ -154,9 +158,38 @@ def run_lane(lane: str, saves: int) -> dict[str, Any]:
     return {**found, "ratio": found["pause_s"] / found["torch_save_s"]}
 
 
+def table(lanes: Sequence[Mapping[str, Any]]) -> str:
+    """As docs/checkpoints.md has it. The first results did not say what was predicted."""
+    from tabulate import tabulate
+
+    rows = [
+        {
+            "lane": lane["lane"],
+            "kept for the copy": f"{lane['share_mib']:.1f} MiB",
+            "predicted": f"{lane['predicted_mib']:.1f} MiB" if "predicted_mib" in lane else "-",
+            "resident set grows by": f"{lane['extra_mib']:.0f} MiB",
+            "pause": f"{1e3 * lane['pause_s']:.0f} ms",
+            "torch.save": f"{1e3 * lane['torch_save_s']:.0f} ms",
+            "of it": f"{lane['ratio']:.2f}{'' if lane['ratio'] <= BAR else ': misses the bar'}",
+        }
+        for lane in lanes
+    ]
+    align = ("left", *["right"] * 6)
+    return tabulate(rows, headers="keys", tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def with_table(page: str, new: str) -> str:
+    """ValueError where the page has no such table."""
+    head, found, rest = page.partition("\n| lane ")
+    if not found:
+        raise ValueError("the page has no table that begins with | lane |")
+    return f"{head}\n{new}\n\n{rest.partition(chr(10) * 2)[2]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path)
     parser.add_argument("--lanes", default=",".join(lane for lane in LANES if lane != "cuda"))
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--worker")
@@ -165,10 +198,10 @@ def main() -> None:
         found = measure(options.worker, options.out, options.saves)
         (options.out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
         return
-    from tabulate import tabulate
-
     rows = [run_lane(lane, options.saves) for lane in options.lanes.split(",")]
-    print(tabulate(rows, headers="keys", floatfmt=".3f", tablefmt="github"))
+    print(table(rows))
+    if options.page:
+        options.page.write_text(with_table(options.page.read_text(), table(rows)))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         date = datetime.now(UTC).date().isoformat()
