@@ -90,6 +90,22 @@ def test_training_goes_on_while_a_save_is_written_and_changes_nothing_in_it(tmp_
     assert (saver.saved_weight(1), saver.saved_weight(2)) == ([0.0] * 4, [1.0] * 4)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_was_saved_is_known_without_a_look_at_the_disk(tmp_path: Path, waits: bool) -> None:
+    """Whether the next save found it done, or waited for it; a save that failed is not one."""
+    saver = Saver(tmp_path)
+    saver.save(1)
+    saver.break_the_disk()
+    saver.save(2)
+    assert not saver.checkpointer.has_saved
+    if not waits:
+        assert saver.checkpointer.writing is not None
+        saver.checkpointer.writing.join(30)
+    saver.save(3)
+    assert saver.checkpointer.has_saved
+    saver.checkpointer.close()
+
+
 def test_the_copy_is_made_into_the_memory_of_the_save_before(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     saver.gate.set()

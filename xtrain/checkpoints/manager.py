@@ -229,6 +229,7 @@ class Checkpointer:
                 ended = all(alone for alone, _ in found)  # long ago, most likely: then all is said
                 problem = _first(problem for _, problem in found)
         if ended and problem is None:
+            self.has_saved = True
             return
         writing.end(math.inf if problem is None else 0.0)
         try:
