@@ -158,6 +158,24 @@ def test_a_checkpoint_of_a_library_model_is_a_folder_that_the_library_loads(
 
 
 @pytest.mark.slow
+def test_what_was_imported_is_such_a_folder_too(llama: Path, tmp_path: Path) -> None:
+    export(newest(llama / "out"), "hf", "fp32", tmp_path / "hf")
+    words = ("--from", "hf", "--spec", llama / "spec.yaml", "--out", tmp_path / "new")
+    assert command("import", tmp_path / "hf", *words).exit_code == 0
+    found = loaded(newest(tmp_path / "new").path, computed_anew="rotary_emb.original_inv_freq")
+    assert torch.equal(found[1], loaded(tmp_path / "hf")[1])
+
+
+@pytest.mark.slow
+def test_an_export_needs_no_folder_but_the_checkpoint(llama: Path, tmp_path: Path) -> None:
+    shutil.move(llama / "llama", tmp_path / "away")
+    try:
+        assert as_json("export", llama / "out", "--to", "hf", "--out", tmp_path / "hf")["difference"] < 1e-5
+    finally:
+        shutil.move(tmp_path / "away", llama / "llama")
+
+
+@pytest.mark.slow
 def test_a_run_of_a_library_model_goes_on_from_such_a_checkpoint(llama: Path, tmp_path: Path) -> None:
     spec = (llama / "spec.yaml").read_text()
     options: dict[str, Any] = {"spec": spec, "backend": "cpu", "train__steps": 5}

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tests import mounts
 from xtrain.checkpoints import writer
 from xtrain.checkpoints.format import (
-    ADAPTED,
     MANIFEST,
     MODEL_INDEX,
     OPTIMIZER_INDEX,
@@ -31,9 +30,8 @@ from xtrain.checkpoints.format import (
     complete_checkpoints,
     manifest_bytes,
 )
-from xtrain.checkpoints.shares import plan_files
 from xtrain.checkpoints.tensorfile import DTYPES
-from xtrain.checkpoints.writer import Tensors, begin, commit, finish_files, form_of, write, write_pieces
+from xtrain.checkpoints.writer import Tensors, form_of, write, write_streamed
 from xtrain.contract import StatePiece
 from xtrain.models.hf_folder import CONFIG
 
@@ -86,10 +84,8 @@ def test_names_are_ours_whatever_a_librarys_are_in_the_files(
         ("model.a", "weight"): torch.ones(4),
     }
     layout = {key: form_of(tensor) for key, tensor in tensors.items()}
-    plan, partial = plan_files(layout, 1, wrapper=ADAPTED if others else ""), begin(tmp_path, 7)
-    written = write_pieces(partial, plan, (StatePiece(*key, tensor) for key, tensor in tensors.items()))
-    facts = finish_files(partial, plan, 0, [written])
-    checkpoint = commit(partial, state(7), plan, [facts], others)
+    pieces = (StatePiece(*key, tensor) for key, tensor in tensors.items())
+    checkpoint = write_streamed(tmp_path, state(7), layout, pieces, others)
     checkpoint.check(hashes=True)
     reader = checkpoint.reader()
     for (name, kind), tensor in tensors.items():

@@ -22,6 +22,7 @@ from xtrain.checkpoints.tensorfile import TensorFile
 from xtrain.checkpoints.writer import form_of, index_bytes, write_pieces
 from xtrain.contract import StateForm, StateKey, StatePiece
 from xtrain.errors import RequestError, RunFailed
+from xtrain.models.hf_folder import CONFIG
 from xtrain.spec.tree import Spec
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _write_library_form(checkpoint: Checkpoint, folder: Path, dtype: Dtype, shar
     from xtrain.models.library import TOLERANCE, library_form
 
     spec = _spec_of(checkpoint)
-    form: LibraryForm = library_form(spec, _vocabulary(checkpoint.reader()))
+    own_config = checkpoint.path if CONFIG in checkpoint.manifest.files else None
+    form: LibraryForm = library_form(spec, _vocabulary(checkpoint.reader()), own_config)
     form.write_config(folder, TORCH_NAMES[dtype])
     reader = checkpoint.reader()
     _write(reader, form.kept(reader.keys("weight")), folder, dtype, form.convert, shard_bytes)

@@ -115,7 +115,7 @@ def import_state(folder: Path, form: Form, spec: Spec, out: Path) -> ImportedSta
     state = _state(found, form, spec, data.content_hash)
     with directory.lock():
         try:
-            written = write_streamed(directory.checkpoints, state, layout, tensors.pieces())
+            written = write_streamed(directory.checkpoints, state, layout, tensors.pieces(), source.files)
         except OSError as error:
             raise RunFailed(f"cannot write {directory.checkpoints}: {error.strerror or error}") from error
     return ImportedState(written, directory.path, tensors.notes)

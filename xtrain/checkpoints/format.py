@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -226,7 +226,7 @@ class Reader:
 
     @cached_property
     def _wrapper(self) -> str:
-        return ADAPTED if CONFIG in self._checkpoint.manifest.files else ""
+        return wrapper_of(self._checkpoint.manifest.files)
 
     def _key_of(self, name: str, kind: StateKind) -> str:
         return key_of(name.removeprefix(self._wrapper), kind)
@@ -273,6 +273,11 @@ class Reader:
             except OSError as error:
                 raise _unreadable(file, error) from error
         return self._files[place]
+
+
+def wrapper_of(files: Collection[str]) -> str:
+    """What the names of tensors have in front here, and not in a checkpoint that has these files."""
+    return ADAPTED if CONFIG in files else ""
 
 
 def key_of(name: str, kind: StateKind) -> str:

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 from pydantic import JsonValue
 
 from xtrain.checkpoints.format import (
-    ADAPTED,
     STATE,
     Checkpoint,
     CheckpointError,
     State,
     complete_checkpoints,
     folder_name,
+    wrapper_of,
 )
 from xtrain.checkpoints.saving import HostBuffers, Save, Writing
 from xtrain.checkpoints.select import prune
@@ -31,7 +31,6 @@ from xtrain.errors import RunFailed
 from xtrain.guards import Guards
 from xtrain.host_random import host_random_state, restore_host_random
 from xtrain.measure.machine import RECORDED_PACKAGES, package_version
-from xtrain.models.hf_folder import CONFIG
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import Checkpoint as CheckpointSection
 
@@ -168,11 +167,11 @@ class Checkpointer:
 
     def _plan(self, engine: Engine) -> Plan:
         """That of the save before, where the state has the same form."""
-        layout, wrapper = engine.state_layout(), ADAPTED if CONFIG in self.files else ""
+        layout = engine.state_layout()
         if self._planned is not None and self._planned[0] == layout:
             return self._planned[1]
         try:
-            plan = plan_files(layout, self.resolved.world, wrapper=wrapper)
+            plan = plan_files(layout, self.resolved.world, wrapper=wrapper_of(self.files))
         except ValueError as error:  # the same on every rank, as the layout is
             self._agree(engine, str(error))
             raise

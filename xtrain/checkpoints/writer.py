@@ -31,6 +31,7 @@ from xtrain.checkpoints.format import (
     manifest_bytes,
     replaced_name,
     sha256,
+    wrapper_of,
 )
 from xtrain.checkpoints.shares import Family, Plan, PlannedFile, plan_files
 from xtrain.checkpoints.tensorfile import TensorFile
@@ -157,14 +158,18 @@ def write(folder: Path, state: State, tensors: Tensors) -> Checkpoint:
 
 
 def write_streamed(
-    folder: Path, state: State, layout: Mapping[StateKey, StateForm], pieces: Iterable[StatePiece]
+    folder: Path,
+    state: State,
+    layout: Mapping[StateKey, StateForm],
+    pieces: Iterable[StatePiece],
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Checkpoint:
-    """The same, from pieces as they come."""
+    """The same, from pieces as they come, with `others` as in `commit`."""
     partial = begin(folder, state.step)
     try:
-        plan = plan_files(layout, 1)
+        plan = plan_files(layout, 1, wrapper=wrapper_of(others))
         written = write_pieces(partial, plan, pieces)
-        return commit(partial, state, plan, [finish_files(partial, plan, 0, [written])])
+        return commit(partial, state, plan, [finish_files(partial, plan, 0, [written])], others)
     finally:
         discard(partial)
 

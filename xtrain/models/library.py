@@ -43,10 +43,13 @@ GPT2_NAMES = {
 class LibraryForm(ABC):
     """What a trained model looks like in the transformers library."""
 
-    def __init__(self, spec: Spec, data_vocab_size: int) -> None:
-        start = spec.model.model_copy(update={"init_from": None})
-        self.spec = spec.model_copy(update={"model": start})
-        self.source = model_source(self.spec, data_vocab_size)
+    def __init__(self, spec: Spec, data_vocab_size: int, folder: Path | None = None) -> None:
+        """`folder` has the config, where that is not to be looked for at `model.hf`."""
+        start = spec.model.model_copy(
+            update={"init_from": None, "hf": str(folder) if folder else spec.model.hf}
+        )
+        self.spec = spec
+        self.source = model_source(spec.model_copy(update={"model": start}), data_vocab_size, resumed=True)
         self.model = self.source.build().eval()
 
     @abstractmethod
@@ -137,9 +140,8 @@ class HuggingFaceForm(LibraryForm):
 
     def write_companions(self, folder: Path) -> Iterator[str]:
         yield from super().write_companions(folder)
-        with suppress(OSError):  # not every model has one
-            settings = _transformers().GenerationConfig
-            settings.from_pretrained(self.source.path).save_pretrained(folder)  # type: ignore[attr-defined]
+        with suppress(OSError):  # not every model has one, and it may be gone
+            _transformers().GenerationConfig.from_pretrained(self.spec.model.hf).save_pretrained(folder)
 
     def convert(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         return name.removeprefix(ADAPTED), tensor
@@ -159,13 +161,13 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def library_form(spec: Spec, data_vocab_size: int) -> LibraryForm:
+def library_form(spec: Spec, data_vocab_size: int, folder: Path | None = None) -> LibraryForm:
     """RequestError when the library has no such model."""
     _transformers()
     if spec.model.preset is not None:
         return PresetForm(spec, data_vocab_size)
     if spec.model.hf is not None:
-        return HuggingFaceForm(spec, data_vocab_size)
+        return HuggingFaceForm(spec, data_vocab_size, folder)
     raise RequestError(
         f"model.factory {spec.model.factory} is no model of Hugging Face's; use --to safetensors"
     )
