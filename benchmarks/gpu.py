@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--parts speed ladder] [--seconds 570] [--device cpu]
 
-Speed beside a plain loop, GPT-2 Large, the ladder of techniques, DeepSpeed, checkpoints, conformance.
-Every lane is a process of its own; page and JSON under benchmarks/results/ are written after each
-row, so a run that is broken off leaves what it has. Without a GPU this says so and ends well: nothing was
-tested, nothing failed. `--device cpu` tries the programs out with tiny sizes.
+Conformance, speed beside a plain loop, the ladder of techniques, GPT-2 Large, checkpoints, DeepSpeed. Every
+lane is a process of its own, every part has its share of the time and leaves the others theirs; page and JSON
+under benchmarks/results/ are written after each row, so a run that is broken off leaves what it has.
+Without a GPU this says so and ends well: nothing was tested, nothing failed. `--device cpu` tries the
+programs out with tiny sizes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from benchmarks.gpu_lanes import Bench, Row
-from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_parts import PARTS, ends, rows_of
 from benchmarks.gpu_report import markdown
 from benchmarks.overhead import ROOT, say
 from benchmarks.page import command_of
@@ -68,12 +69,11 @@ def main() -> int:
     about = {part.name: part.about for part in PARTS}
     rows: list[Row] = []
     started = perf_counter()
+    parts = [part for part in PARTS if part.name in arguments.parts]
     with TemporaryDirectory() as folder:
         bench = Bench(arguments.device, name, Path(folder), started + arguments.seconds)
-        for part in PARTS:
-            if part.name not in arguments.parts:
-                continue
-            for row in part.rows(bench):
+        for part, over in zip(parts, ends(parts, arguments.seconds), strict=True):
+            for row in rows_of(part, replace(bench, ends_at=started + over)):
                 rows.append(row)
                 say(f"{row.part}, {row.name}: {row.outcome}")
                 report = {**header, "seconds": perf_counter() - started}

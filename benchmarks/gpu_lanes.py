@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -68,7 +68,7 @@ class Bench:
         """Run it with everything it starts, and end all of that when its time is over."""
         left = self.ends_at - perf_counter()
         if left < SHORTEST_SECONDS:
-            return Ended("", "left out: the time of the whole was used up", 0.0)
+            return Ended("", "left out: the time up to here was used up", 0.0)
         started = perf_counter()
         with subprocess.Popen(
             [sys.executable, *command],
@@ -88,6 +88,20 @@ class Bench:
                 problem = f"not done within {min(limit_seconds, left):.0f} s"
         return Ended(output, problem, perf_counter() - started)
 
+    def row(
+        self, part: str, name: str, command: list[str], limit_seconds: float, read: Callable[[str], Figures]
+    ) -> Row:
+        """A command as a row; `read` makes figures of its output, and may fail like it."""
+        ended = self.call(command, limit_seconds)
+        figures: Figures = {"process_seconds": ended.seconds}
+        if ended.problem:
+            return Row(part, name, ended.problem, figures)
+        try:
+            return Row(part, name, "done", {**read(ended.output), **figures})
+        except Exception as error:  # whatever it left behind: the other lanes go on
+            reason = f"what it left cannot be read: {type(error).__name__}: {error}"
+            return Row(part, name, reason.splitlines()[0], figures)
+
     def xtrain(
         self, part: str, name: str, load: Workload, limit_seconds: float, backend: str = "", **changes: Any
     ) -> Row:
@@ -98,32 +112,29 @@ class Bench:
         tree = {**load.spec(), **section, **changes}
         path.write_text(yaml.safe_dump(tree))
         command = ["-m", "xtrain", "run", str(path), "--backend", backend or self.device, "--out", str(out)]
-        ended = self.call(command, limit_seconds)
-        if ended.problem:
-            return Row(part, name, ended.problem, {"process_seconds": ended.seconds})
-        record = load_record(out)
-        return Row(part, name, "done", {**self._figures(record, tree), "process_seconds": ended.seconds})
+        return self.row(
+            part, name, command, limit_seconds, lambda output: self._figures(load_record(out), tree)
+        )
 
     def plain(self, part: str, name: str, load: Workload, limit_seconds: float, compiled: bool) -> Row:
         settings, result = self.folder / "settings.json", self.folder / "result.json"
         settings.write_text(
             json.dumps({"workload": asdict(load), "device": self.device, "compile": compiled})
         )
-        ended = self.call(["-m", "benchmarks.gpu_plain", str(settings), str(result)], limit_seconds)
-        if ended.problem:
-            return Row(part, name, ended.problem, {"process_seconds": ended.seconds})
+        command = ["-m", "benchmarks.gpu_plain", str(settings), str(result)]
+        return self.row(part, name, command, limit_seconds, lambda output: self._plain_figures(load, result))
+
+    def _plain_figures(self, load: Workload, result: Path) -> Figures:
         found = json.loads(result.read_text())
         spec = Spec.model_validate(load.spec())
         size = dimensions(spec)
-        figures = {
+        return {
             "tokens_per_second": found["tokens_per_second"],
             "mfu": self.mfu(_parameters(load), size.layers, size.hidden, load, found["tokens_per_second"]),
             "peak_bytes": found["peak_bytes"],
             "loss_first": found["losses"][0],
             "loss_last": found["losses"][-1],
-            "process_seconds": ended.seconds,
         }
-        return Row(part, name, "done", figures)
 
     def _figures(self, record: RunRecord, tree: Mapping[str, Any]) -> Figures:
         spec = Spec.model_validate(tree)

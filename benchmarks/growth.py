@@ -6,7 +6,7 @@ Python and C functions, live objects. Seconds stand beside the counts.
 - *tokens*: a step's operations are linear in them.
 - *data*: a batch takes as many calls from a file of 1 MB as from one of 10 GB (sparse: it takes no room).
 - *steps*: so they are at step 0 and at step 1,000,000, and for a whole turn of the loop with its update.
-- *history*: what does grow with the steps made: a resume and a record read metrics.jsonl line by line.
+- *history*: a resume finds its line in metrics.jsonl by halving; the record at the end reads all lines.
 - *time*: objects and resident memory over 2,000 updates.
 """
 
@@ -47,7 +47,7 @@ from xtrain.spec.tree import Spec
 FAR_STEP = 1_000_000
 SEQ_LEN = 64
 DATA_BYTES = {"1 MB": 10**6, "100 MB": 10**8, "10 GB": 10**10}
-HISTORY_LINES = 20_000
+HISTORY_LINES = (200, 20_000)
 SAMPLES = 200
 
 
@@ -191,19 +191,22 @@ def step_number() -> Iterator[Row]:
 
 def history(folder: Path) -> Iterator[Row]:
     """By how long a metrics.jsonl makes a resume and a record take."""
-    path = folder / "metrics.jsonl"
-    log = MetricsLog(path)
-    for step in range(1, HISTORY_LINES + 1):
-        log.append(StepRecord(step, 3.0, 1e-4, 1.0, 4 * SEQ_LEN, 0.01, False))
-    started = perf_counter()
-    log.truncate_after(HISTORY_LINES - 1)
-    cut = perf_counter() - started
-    started = perf_counter()
-    read_metrics(path)
-    read = perf_counter() - started
-    size = f"{HISTORY_LINES:,} lines"
-    yield Row("history", size, "to resume: find the line of the checkpoint", None, cut, "linear")
-    yield Row("history", size, "to write the record: read them all", None, read, "linear")
+    for lines in HISTORY_LINES:
+        path = folder / f"{lines}.jsonl"
+        log = MetricsLog(path)
+        for step in range(1, lines + 1):
+            log.append(StepRecord(step, 3.0, 1e-4, 1.0, 4 * SEQ_LEN, 0.01, False))
+        with counted_calls() as calls:
+            log.truncate_after(lines - 1)
+        started = perf_counter()
+        log.truncate_after(lines - 2)
+        cut = perf_counter() - started
+        started = perf_counter()
+        read_metrics(path)
+        read = perf_counter() - started
+        size = f"{lines:,} lines"
+        yield Row("history", size, "calls to resume: find the line of the checkpoint", calls[0], cut)
+        yield Row("history", size, "to write the record: read them all", None, read, "linear")
 
 
 def over_time(steps: int) -> Iterator[Row]:

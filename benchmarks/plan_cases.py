@@ -57,6 +57,7 @@ class Case:
     sharding: str = "none"
     offload: dict[str, str] = field(default_factory=dict)
     manual: Any = None
+    in_backward: bool = False
 
     def spec(self, folder: Path | None = None) -> Spec:
         """`folder` is where the config of a Hugging Face model is written."""
@@ -65,7 +66,7 @@ class Case:
                 "model": self._model(folder),
                 "data": {"source": "synthetic", "seq_len": self.seq_len, "tokens": 200_000},
                 "batch": {"global": self.micro * self.accumulation * self.world, "micro": self.micro},
-                "train": {"steps": 4},
+                "train": {"steps": 4, "clip": None if self.in_backward else 1.0},
                 "optimizer": {"name": "adamw", "lr": 1e-3},
                 "precision": self.precision,
                 "memory": {
@@ -73,6 +74,7 @@ class Case:
                     "loss_chunk": self.loss_chunk,
                     "sharding": self.sharding,
                     "offload": self.offload,
+                    "optimizer_in_backward": self.in_backward,
                 },
                 "manual": self.manual,
             }

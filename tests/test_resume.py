@@ -389,6 +389,17 @@ def test_metrics_that_end_too_early_are_refused_with_what_to_do(tmp_path: Path) 
     assert files(out) == before
 
 
+def test_a_damaged_line_of_old_metrics_costs_the_record_and_not_the_training(tmp_path: Path) -> None:
+    out = stopped(tmp_path)
+    log = out / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([b"{}\n", *lines[1:]]))
+    result = run(tmp_path, "--resume", out)
+    assert result.exit_code == 1
+    assert f"error: cannot write {out / 'record.json'}: {log}, line 1: step: Field required" in result.stderr
+    assert checkpoints(out)[-1] == 12
+
+
 @pytest.mark.parametrize("garbage", [b"not a line\n", b"\xff" * (2 << 20), b'{"step": 3}\n'])
 def test_garbage_after_the_checkpoints_step_is_cut(tmp_path: Path, garbage: bytes) -> None:
     out = stopped(tmp_path)

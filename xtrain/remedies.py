@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from xtrain.contract import Moment
 from xtrain.spec import dump_spec
+from xtrain.spec.keys import printed
 from xtrain.spec.tree import MemorySection, Spec
 
 Helps = Callable[[Spec, str], bool]
@@ -69,6 +70,7 @@ def _makes_room(eased: frozenset[str], held: Mapping[str, int]) -> bool:
 
 def _ladder(spec: Spec) -> Iterator[Remedy]:
     yield from _smaller_passes(spec)
+    yield from _updating_at_once(spec)
     yield from _recomputing(spec)
     yield from _fewer_bits(spec)
     yield from _dividing_state(spec)
@@ -77,13 +79,24 @@ def _ladder(spec: Spec) -> Iterator[Remedy]:
 
 
 def _smaller_passes(spec: Spec) -> Iterator[Remedy]:
-    micro = spec.micro_batch
+    micro, memory = spec.micro_batch, _memory(spec)
     if smaller := max((part for part in range(1, micro) if micro % part == 0), default=0):
         eases = frozenset({"activations", "logits", "other"})
-        yield Remedy([{"batch.micro": smaller}], eases, "the global batch and what is learned stay the same")
-    if _memory(spec).loss_chunk == "none":
+        change: dict[str, Any] = {"batch.micro": smaller}
+        if memory.optimizer_in_backward:  # which cannot wait for several passes
+            change["memory.optimizer_in_backward"] = False
+        yield Remedy([change], eases, "the global batch and what is learned stay the same")
+    if memory.loss_chunk == "none":
         remark = "the same loss without the whole of the logits"
         yield Remedy([{"memory.loss_chunk": "auto"}], frozenset({"logits"}), remark)
+
+
+def _updating_at_once(spec: Spec) -> Iterator[Remedy]:
+    """Only where nothing in the spec comes between backward and update: it says so itself otherwise."""
+    memory = _memory(spec)
+    if not memory.optimizer_in_backward and not memory.offload.gradients.enabled:
+        remark = "each weight as soon as its gradient is final, which is then let go of"
+        yield Remedy([{"memory.optimizer_in_backward": True}], frozenset({"gradients"}), remark)
 
 
 def _recomputing(spec: Spec) -> Iterator[Remedy]:
@@ -172,4 +185,4 @@ def _printed(value: Any) -> str:
     """As it stands in a YAML file."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_printed(one)}' for key, one in value.items())}}}"
-    return str(value)
+    return printed(value)

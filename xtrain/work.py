@@ -39,6 +39,7 @@ from xtrain.prepare import (
     run_directory,
     run_of,
 )
+from xtrain.records.metrics import MetricsError
 from xtrain.records.progress import Progress
 from xtrain.records.record import RankBusy, Status, write_record
 from xtrain.records.recorder import Facts, Gathered, Recorder, Silent, gather, make_record, rank_memory
@@ -312,14 +313,15 @@ class Run:
         gathered = Gathered([memory]) if alone else gather(self.facts.engine, memory, busy, loop, seconds)
         if self.directory is None:
             return
-        record = make_record(
-            self.facts, self.directory, ended.status, ended.failure, seconds, gathered, self.begin.step
-        )
         try:
+            record = make_record(
+                self.facts, self.directory, ended.status, ended.failure, seconds, gathered, self.begin.step
+            )
             write_record(self.directory.record, record)
-        except OSError as error:
+        except (OSError, MetricsError) as error:
             also = f"{ended.failure}; and " if ended.failure else ""
-            raise RunFailed(f"{also}cannot write {self.directory.record}: {error.strerror}") from error
+            why = error if isinstance(error, MetricsError) else error.strerror
+            raise RunFailed(f"{also}cannot write {self.directory.record}: {why}") from error
         with suppress(OSError):  # a reader that went away changes nothing about the run
             print(render_summary(record, self.directory.path), flush=True)
 

@@ -41,6 +41,7 @@ def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
         *batch_problems(spec, world),
         *_precision(spec),
         *_offload(spec),
+        *_update(spec),
         *override_problems(spec, world, declared_settings(spec, world)),
     ]
 
@@ -96,6 +97,13 @@ def _compile(spec: Spec) -> Iterator[Problem]:
         yield Problem("train.compile", "true", expected, "use memory.sharding: gradients, or compile: false")
     else:
         yield from compile_problems(spec)
+
+
+def _update(spec: Spec) -> Iterator[Problem]:
+    if spec.memory != "auto" and spec.memory.optimizer_in_backward:
+        expected = "expected false: DeepSpeed updates once all gradients are reduced"
+        nearest = "use memory.sharding: gradients, or --backend cuda or cpu with one process"
+        yield Problem("memory.optimizer_in_backward", "true", expected, nearest)
 
 
 def _precision(spec: Spec) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ engine.py         the step: accumulate, clip, ask, update; and the rest of xtrai
   loss_scaling.py   for fp16
   clipping.py       one norm over all gradients, wherever they are
   optimizer.py      AdamW or SGD, decay on matrices only
+  in_backward.py    or each weight as soon as its gradient is final
   state.py          weights and moments by name, out of the engine and back
 assemble.py       what is decided once, when the engine is put together
   placement.py      layers over devices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,11 +15,12 @@ from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import compile_model
 
 from .devices import Cpu, Device
+from .in_backward import UpdateInBackward
 from .optimizer import build_optimizer
 from .out_of_memory import watch_memory
 from .placement import place, plan_placement
 from .precision import round_weights
-from .support import offload_of
+from .support import offload_of, updates_in_backward
 from .weights import Weights, hold_weights
 
 
@@ -30,6 +32,8 @@ class Parts:
     """Maps (tokens, targets) on the first device to the sum of token losses; each block is in its place."""
     weights: Weights
     optimizer: torch.optim.Optimizer
+    in_backward: UpdateInBackward | None
+    """Where the spec asks for it: then nobody else updates."""
     notes: Sequence[str]
 
 
@@ -48,7 +52,8 @@ def assemble(spec: Spec, source: ModelSource, devices: Sequence[Device]) -> Part
         checkpoint_activations(model, spec)
         weights = hold_weights(model, offload_of(spec))
     fused = {device.torch_device: device.fused_optimizer for device in (Cpu(), *devices)}
-    optimizer = build_optimizer(
-        spec.optimizer, weights.updated, source, fused=all(fused[p.device] for p in weights.updated.values())
-    )
-    return Parts(model, weights, optimizer, placement.notes())
+    all_fused = all(fused[p.device] for p in weights.updated.values())
+    build = partial(build_optimizer, spec.optimizer, source=source, fused=all_fused)
+    optimizer = build(weights.updated)
+    in_backward = UpdateInBackward(weights, optimizer, build) if updates_in_backward(spec) else None
+    return Parts(model, weights, optimizer, in_backward, placement.notes())

@@ -66,6 +66,7 @@ class ManualEngine:
         self.matmul_precision = torch.get_float32_matmul_precision()
         parts = assemble(spec, source, devices)
         self.model, self.weights, self.optimizer = parts.model, parts.weights, parts.optimizer
+        self.in_backward = parts.in_backward
         self.notes = parts.notes
         self.parks_activations = offload_of(spec).activations.enabled
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
@@ -75,8 +76,12 @@ class ManualEngine:
 
     def train_step(self, step: StepInput, accept: Accept | None, trace: Trace) -> StepResult:
         scale = self.scaler.scale if self.scaler else None
+        if self.in_backward:
+            self.in_backward.lr = step.lr
         with self._watch_memory("step"), self.first_step.told():
             loss_sum = self._accumulate(step, scale or 1.0, trace)
+        if self.in_backward:
+            return StepResult(step.step, step.target_tokens, loss_sum, self.in_backward.norm())
         with self._watch_memory("update"), trace.span("optimizer"):
             gradients = self.weights.gradients()
             norm = global_norm(gradients) / (scale or 1.0)
@@ -101,7 +106,7 @@ class ManualEngine:
         for batch in step.micro_batches:
             with trace.span("forward"), self._autocast(), self._saved_tensors():
                 loss = self.model(*self._bring_home(batch))
-            with trace.span("backward"):
+            with trace.span("backward"), self._watch_memory("update" if self.in_backward else "step"):
                 (loss * (scale / step.target_tokens)).backward()
             loss_sum += loss.detach()
         return loss_sum

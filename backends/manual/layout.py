@@ -10,7 +10,7 @@ from xtrain.plan.places import Places
 from xtrain.spec.tree import Offload
 
 from .counts import split_blocks
-from .support import device_names, offload_of
+from .support import device_names, offload_of, updates_in_backward
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -23,15 +23,16 @@ def layout_of(spec: Spec, main: str) -> Places | None:
     """
     home, *others = names = [_as_torch_says(name) for name in device_names(spec, main)]
     offload = offload_of(spec) if home != HOST or set(others) - {HOST} else Offload()
+    at_once = updates_in_backward(spec)
     if set(names) == {home}:
-        return Places(home, offload=offload)
+        return Places(home, offload=offload, updates_in_backward=at_once)
     split = spec.manual.split if spec.manual else "auto"
     if spec.model.preset is None or (split == "auto" and main != DEVICE):
         return None
     shares = [1 / len(names)] * len(names) if split == "auto" else split
     counts = split_blocks(shares, dimensions(spec).layers)
     blocks = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
-    return Places(home, blocks, offload)
+    return Places(home, blocks, offload, at_once)
 
 
 def _as_torch_says(name: str) -> str:

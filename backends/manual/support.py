@@ -42,6 +42,10 @@ def offload_of(spec: Spec) -> Offload:
     return Offload() if spec.memory == "auto" else spec.memory.offload
 
 
+def updates_in_backward(spec: Spec) -> bool:
+    return spec.memory != "auto" and spec.memory.optimizer_in_backward
+
+
 def find_idle(spec: Spec, main: str) -> dict[str, str]:
     """Keys that are honoured by having nothing to do, with a sentence on why."""
     found = {}

@@ -76,6 +76,19 @@ def to_device(sent: ToHost, device: torch.device) -> ToDevice:
         return ToDevice(copy, stream.record_event())
 
 
+def copy_over(source: torch.Tensor, target: torch.Tensor) -> None:
+    """`target`'s numbers become `source`'s, rounded to its format.
+
+    From the CPU to CUDA they are rounded first and sent from pinned memory: half the bytes, and the host does
+    not wait. What was pinned goes back to torch's pool of it once the copy is done.
+    """
+    if source.device == HOST and overlaps(target.device):
+        narrow = torch.empty_like(target, device=HOST, pin_memory=True)
+        target.copy_(narrow.copy_(source), non_blocking=True)
+    else:
+        target.copy_(source)
+
+
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -13,7 +13,7 @@ from torch import nn
 from xtrain.spec.tree import Offload
 
 from .gradients import HostGradients
-from .transfers import HOST
+from .transfers import HOST, copy_over
 
 
 class Weights:
@@ -38,13 +38,18 @@ class Weights:
 
         One at a time changes its place: at no moment are there two whole sets.
         """
-        for name, parameter in self.trained.items():
-            gradient = self.on_host.take(parameter) if self.on_host else parameter.grad
-            if gradient is not None:
-                parameter.grad = None
-                updated = self.updated[name]
-                updated.grad = gradient.to(updated.device).float()
-        return [p.grad for p in self.updated.values() if p.grad is not None]
+        made = [self.hand_over(name) for name in self.trained]
+        return [gradient for gradient in made if gradient is not None]
+
+    def hand_over(self, name: str) -> torch.Tensor | None:
+        """One gradient, now on what the optimizer updates and nowhere else; None where there is none."""
+        parameter, updated = self.trained[name], self.updated[name]
+        gradient = self.on_host.take(parameter) if self.on_host else parameter.grad
+        if gradient is None:
+            return None
+        parameter.grad = None
+        updated.grad = gradient.to(updated.device).float()
+        return updated.grad
 
     def held_gradients(self) -> list[torch.Tensor]:
         """Those that exist now, wherever they are."""
@@ -59,9 +64,20 @@ class Weights:
     @torch.no_grad()
     def publish(self) -> None:
         """Make the update visible to the model."""
-        if copied := self._copied():
-            weights, masters = zip(*copied, strict=True)
+        copied = self._copied()
+        beside = [(weight, master) for weight, master in copied if weight.device == master.device]
+        if beside:
+            weights, masters = zip(*beside, strict=True)
             torch._foreach_copy_(list(weights), list(masters))
+        for weight, master in copied:
+            if weight.device != master.device:
+                copy_over(master, weight)
+
+    @torch.no_grad()
+    def publish_one(self, name: str) -> None:
+        """Make the update of one weight visible to the model."""
+        if (weight := self.trained[name]) is not (master := self.updated[name]):
+            copy_over(master, weight)
 
     def clear_gradients(self) -> None:
         for parameter in (*self.trained.values(), *self.updated.values()):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 
 from benchmarks.gpu_lanes import Bench, Row, _last_words, _parameters, planned_bytes
-from benchmarks.gpu_parts import GPT2, LARGE, PARTS
+from benchmarks.gpu_parts import GPT2, LARGE, PARTS, RUNG, Part, ends, rows_of, rungs
 from benchmarks.gpu_report import markdown
 from benchmarks.overhead import ROOT
 from tests.sample_runs import sample_record
+from xtrain import registry
 from xtrain.models.presets import PRESETS
+from xtrain.plan.layout import DEVICE, Planned, peaks
+from xtrain.plan.step import preset_step
+from xtrain.spec.tree import Spec
 
 MACHINE = {"packages": {"torch": "2"}, "cpu": "c", "platform": "p", "python": "3", "git_commit": "abc"}
 REPORT = {"environment": MACHINE, "date": "d", "command": "x", "seconds": 1.0, "device": "a GPU"}
@@ -37,6 +43,48 @@ def test_a_lane_without_time_left_is_not_begun(tmp_path: Path) -> None:
     ended = bench(tmp_path, seconds=1).call(["-c", "open('begun', 'w')"], limit_seconds=5)
     assert ended.problem.startswith("left out")
     assert not (ROOT / "begun").exists()
+
+
+def test_a_lane_whose_result_cannot_be_read_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    def nothing_there(output: str) -> dict[str, Any]:
+        raise KeyError("tokens")
+
+    row = bench(tmp_path).row("speed", "plain", ["-c", "pass"], 20, nothing_there)
+    assert row.outcome == "what it left cannot be read: KeyError: 'tokens'"
+
+
+def test_a_part_that_breaks_off_leaves_its_rows_and_the_reason(tmp_path: Path) -> None:
+    def breaks_off(bench: Bench) -> Iterator[Row]:
+        yield Row("speed", "first", "done")
+        raise OSError("no room")
+
+    rows = list(rows_of(Part("speed", "", 1, breaks_off), bench(tmp_path)))
+    assert [row.outcome for row in rows] == ["done", "failed: OSError: no room"]
+
+
+def test_every_part_has_its_share_of_the_time_whatever_those_before_it_take() -> None:
+    over = ends(PARTS, 570)
+    assert over == sorted(over)
+    assert over[-1] == 570
+    for part, end, before in zip(PARTS, over, [0.0, *over], strict=False):
+        assert end - before == pytest.approx(part.seconds)
+    assert ends(PARTS[-1:], 100) == [100]
+
+
+def planned(changes: dict[str, Any]) -> int:
+    """Bytes on the device, as the planner sees a step of GPT-2 Large."""
+    spec = Spec.model_validate({**RUNG.spec(), **changes})
+    backend: Any = registry.load("cuda")
+    assert isinstance(backend, Planned)
+    layout = backend.layout(spec, 1, DEVICE)
+    assert layout is not None
+    return peaks(preset_step(spec, spec.accumulation(1)), layout)[layout.home].total
+
+
+def test_the_last_rung_with_all_blocks_on_the_gpu_is_planned_at_a_sixth_of_the_first() -> None:
+    sizes = [planned(changes) for _, changes in rungs(RUNG)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-2] <= sizes[0] / 6
 
 
 def test_a_lane_that_fails_tells_its_message_on_one_line() -> None:
@@ -94,8 +142,8 @@ def test_a_trial_on_the_cpu_trains_the_same_beside_the_plain_loop(tmp_path: Path
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-*-trial.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [row["outcome"].split(":")[0] for row in rows] == ["done", "done", "left out"]
-    plain, ours = (row["figures"] for row in rows[:2])
+    assert [row["outcome"].split(":")[0] for row in rows] == ["left out", "done", "done"]
+    plain, ours = (row["figures"] for row in rows[1:])
     assert ours["loss_last"] == pytest.approx(plain["loss_last"], rel=1e-3)
     assert ours["speed_share"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"])
     assert path.with_suffix(".md").exists()

@@ -55,9 +55,13 @@ REFERENCE = Lane("cpu")
 DEVICES = [
     Lane(name) for name, found in registry.survey().items() if name in ("cuda", "mps") and found.usable
 ]
-ALONE = [REFERENCE, *DEVICES, *(Lane("deepspeed", sharding) for sharding in SHARDING)]
+BY_HAND = [REFERENCE, *DEVICES]
+ZERO = [Lane("deepspeed", sharding) for sharding in SHARDING]
+ALONE = [*BY_HAND, *ZERO]
 TOGETHER = [Lane("deepspeed", sharding, world=2) for sharding in SHARDING]
 LANES = ALONE + TOGETHER
+JOBS = [*([BY_HAND, ZERO] if DEVICES else [ALONE]), TOGETHER]
+"""Lanes that share a job. `-k cuda` starts one without DeepSpeed, which could fail or take the time."""
 SKIPPED = [FORCED_OVERFLOWS, PLANTED_NAN, PLANTED_SPIKE, PLANTED_LOSS]
 ACCUMULATIONS = [Training(f"accumulation-{n}", clip=None, masked=0.3, accumulation=n) for n in (1, 2, 4)]
 
@@ -72,20 +76,29 @@ def cases_on(lane: Lane) -> list[Case]:
 
 
 class Lanes:
-    """Every lane's results, each job started once."""
+    """Every lane's results; a job is started once, when the first of its lanes is asked for."""
 
     def __init__(self, run: Callable[..., tuple[dict[str, Any], Path]]) -> None:
-        controls = [control.on(REFERENCE) for control in CONTROLS]
-        alone, self.alone_folder = run([c for lane in ALONE for c in cases_on(lane)] + controls, 1)
-        together, self.together_folder = run([c for lane in TOGETHER for c in cases_on(lane)], 2)
-        self.results = alone | together
+        self.run = run
+        self.ended: dict[int, tuple[dict[str, Any], Path]] = {}
+
+    def job(self, lane: Lane) -> tuple[dict[str, Any], Path]:
+        """Results by name of the job that `lane` is in, and the folder of its weights."""
+        number, others = next((number, lanes) for number, lanes in enumerate(JOBS) if lane in lanes)
+        if number not in self.ended:
+            cases = [case for other in others for case in cases_on(other)]
+            if REFERENCE in others:
+                cases += [control.on(REFERENCE) for control in CONTROLS]
+            self.ended[number] = self.run(cases, lane.world)
+        return self.ended[number]
 
     def of(self, training: Training, lane: Lane) -> dict[str, Any]:
-        found: dict[str, Any] = self.results[f"{training.name}@{lane}"]
+        results, _ = self.job(lane)
+        found: dict[str, Any] = results[f"{training.name}@{lane}"]
         return found
 
     def weights(self, training: Training, lane: Lane) -> dict[str, np.ndarray]:
-        folder = self.alone_folder if lane.world == 1 else self.together_folder
+        _, folder = self.job(lane)
         with np.load(folder / f"{training.name}@{lane}.npz") as stored:
             return dict(stored)
 

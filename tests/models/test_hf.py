@@ -290,6 +290,26 @@ def test_a_name_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         source_of("no-such/model")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"), [("gpt2", {}), ("phi", {}), ("llama", {"hidden_act": "gelu_fast"})]
+)
+def test_a_gelu_that_the_library_writes_out_is_one_kernel_of_the_same_numbers(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    folder = write_config(tmp_path, family, **changes)
+    source = source_of(folder)
+    model: Any = source.build()
+    written_out = own_model(folder)
+    fused = [name for name, part in model.model.named_modules() if isinstance(part, torch.nn.GELU)]
+    assert len(fused) == 4
+    assert any("a GELU that" in note for note in source.notes)
+    rows = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    for name in fused:
+        own = written_out.get_submodule(name)
+        torch.testing.assert_close(model.model.get_submodule(name)(rows), own(rows), rtol=1e-6, atol=1e-9)
+    assert list(model.model.state_dict()) == list(written_out.state_dict())
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ WAYS = [
     Case(SIMULATED, offload={**STATE, "activations": "cpu"}, precision="bf16"),
     Case(SIMULATED, manual=HALVES, layers=6),
     Case(SIMULATED, manual=HALVES, layers=6, offload=STATE, checkpointing="auto"),
+    Case(SIMULATED, accumulation=1, offload={"optimizer": "cpu"}, checkpointing="auto", in_backward=True),
 ]
 WORST = 0.12
 

@@ -37,13 +37,18 @@ RECOMPUTED = [
     Case(layers=6, checkpointing={"selective": {"ops": "cheap"}}, precision="bf16"),
     Case(layers=6, checkpointing="auto", precision=BF16_WEIGHTS),
 ]
+AT_ONCE = [
+    Case(layers=6, accumulation=1, micro=1, checkpointing={"every": 1}, precision=precision, in_backward=True)
+    for precision in ("fp32", "bf16", BF16_WEIGHTS)
+]
+"""Where a set of gradients would be the peak."""
 
 
 def compared(case: Case) -> list[Outcome]:
     return list(outcomes(case, measure(case)))
 
 
-@pytest.mark.parametrize("case", SHAPES + RECOMPUTED, ids=str)
+@pytest.mark.parametrize("case", SHAPES + RECOMPUTED + AT_ONCE, ids=str)
 def test_the_peak_is_predicted_by_category(case: Case) -> None:
     (found,) = compared(case)
     total = sum(found.measured.values())

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +91,62 @@ def test_resume_at_the_last_step_drops_only_the_torn_line(tmp_path: Path) -> Non
     path.write_bytes(whole + b"{")
     MetricsLog(path).truncate_after(2)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_resume_finds_every_step_among_lines_of_unlike_lengths(tmp_path: Path, count: int) -> None:
+    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+    log = MetricsLog(whole)
+    for step in range(1, count + 1):
+        log.append(step_record(step, spans={"forward": 0.5} if step % 3 == 0 else None, lr=10.0**-step))
+    log.close()
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for step in range(count + 1):
+        path.write_bytes(whole.read_bytes() + b'{"step"')
+        assert MetricsLog(path).truncate_after(step)
+        assert path.read_bytes() == b"".join(lines[:step])
+
+
+@pytest.mark.parametrize("rubbish", [b"{}\n", b"\xff\xfe\n\n", b"\0" * 4096, b"x" * (3 << 20) + b"\n"])
+def test_resume_drops_whatever_came_after_the_checkpoint(tmp_path: Path, rubbish: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 2, 3)
+    whole = path.read_bytes()
+    write_steps(path, 4)
+    path.write_bytes(path.read_bytes() + rubbish)
+    assert MetricsLog(path).truncate_after(3)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damaged", [2, 3])
+def test_resume_behind_a_damaged_last_line_is_refused(tmp_path: Path, damaged: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 2, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[damaged - 1 :] = [b"{}\n"] * (4 - damaged)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(MetricsError, match=f"ends at step {damaged - 1}, before step 3"):
+        MetricsLog(path).truncate_after(3)
+
+
+def test_resume_reads_no_more_of_a_long_log_than_of_a_short_one(tmp_path: Path) -> None:
+    def calls(lines: int) -> int:
+        path = tmp_path / f"{lines}.jsonl"
+        path.write_text("".join(f"{step_record(step).line()}\n" for step in range(1, lines + 1)))
+        log, count = MetricsLog(path), 0
+
+        def counting(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counting)
+        try:
+            log.truncate_after(lines // 2)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(3200) < 2 * calls(100)
 
 
 def test_resume_from_the_start_empties_the_log(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ BF16 = {"dtype": "bf16", "weights": "bf16"}
 STATE = {"optimizer": "cpu", "gradients": "cpu"}
 HALVES = {"devices": ["main", "cpu"], "split": [4, 4]}
 ONE_BY_ONE = {"every": 1}
+LEAST_KEPT = {"checkpointing": ONE_BY_ONE, "loss_chunk": 64}
+"""What is left are weights, gradients and moments."""
 ROWS: dict[str, dict[str, Any]] = {
     "nothing on, fp32": {},
     "`batch.micro: 2` of 8": {"batch": {"global": 8, "micro": 2}},
@@ -53,6 +55,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "`offload.optimizer: cpu`": {"memory": {"offload": {"optimizer": "cpu"}}},
     "`offload.optimizer`, `gradients: cpu`": {"memory": {"offload": STATE}},
     "`offload.activations: cpu`": {"memory": {"offload": {"activations": "cpu"}}},
+    "`{every: 1}`, `loss_chunk: 64`": {"memory": LEAST_KEPT},
+    "the same, `optimizer_in_backward`": {
+        "memory": {**LEAST_KEPT, "optimizer_in_backward": True},
+        "train": {"steps": 3, "clip": None},
+    },
     "full stack, recomputed in groups of 3": {
         "precision": BF16,
         "memory": {"offload": STATE, "checkpointing": {"every": 3}, "loss_chunk": 64},

@@ -154,7 +154,7 @@ BROKEN_SECTIONS = [
         "memory: fast",
         [
             "6:9: memory: found 'fast', expected auto or a section with checkpointing, sharding, offload, "
-            "loss_chunk"
+            "optimizer_in_backward, loss_chunk"
         ],
     ),
     (

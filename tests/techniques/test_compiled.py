@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import small_runs
-from tests.techniques.test_pairs import BF16_WEIGHTS, CLIPPED_ADAMW, described, losses, merged
+from tests.techniques.test_pairs import ALONE, BF16_WEIGHTS, CLIPPED_ADAMW, described, losses, merged
 from tests.whole_state import whole_state
 from xtrain import registry
 from xtrain.contract import Batch, Engine, Job, StepInput
@@ -22,6 +22,7 @@ from xtrain.data import open_data
 from xtrain.errors import RunFailed
 from xtrain.measure.trace import NullTrace
 from xtrain.models.source import model_source
+from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 from xtrain.techniques import compiled
 
@@ -82,6 +83,26 @@ def test_losses_are_those_of_the_uncompiled_model(quick: None, changes: Any) -> 
     assert graphs() >= 1
     rounded = any("precision" in change for change in changes)
     assert found == pytest.approx(losses(cpu, merged(*changes)), rel=IN_16_BIT if rounded else IN_FP32)
+
+
+ALONE_TOO: list[dict[str, Any]] = [*ALONE, {"memory": {"optimizer_in_backward": True}}]
+
+
+@pytest.mark.parametrize("changes", ALONE_TOO, ids=str)
+def test_every_technique_trains_the_same_compiled_or_is_refused_with_the_reason(
+    quick: None, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs are taken, and run as they are: do hooks and groups get along with that?"""
+    monkeypatch.setattr(compiled, "COMPILER", "eager")
+    cpu, spec = registry.load("cpu"), merged(changes, COMPILE)
+    if problems := [*check_spec(spec), *cpu.problems(spec, 1)]:
+        assert [problem.path for problem in problems] == ["train.compile"]
+        assert "ops: cheap" in problems[0].expected
+        return
+    found = losses(cpu, spec)
+    assert graphs() >= 1
+    tolerance = IN_16_BIT if "precision" in changes else IN_FP32
+    assert found == pytest.approx(losses(cpu, merged(changes)), rel=tolerance)
 
 
 def test_a_model_of_the_transformers_library_has_the_same_losses(quick: None) -> None:

@@ -103,6 +103,7 @@ class HuggingFaceSource:
     def _finished(self, model: nn.Module) -> nn.Module:
         """As an engine is to have it, once it is seen to be a causal model."""
         from xtrain.models.anatomy import is_causal
+        from xtrain.models.hf_activations import NOTE, fuse_activations
 
         if not is_causal(model):
             raise RequestError(
@@ -110,6 +111,8 @@ class HuggingFaceSource:
                 "expected a causal language model"
             )
         self.notes = [self.dropout_note] if self.dropout_note else []
+        if fuse_activations(model):
+            self.notes.append(NOTE)
         self._note_padding(model)
         self._note_blocks(model)
         self.config_elsewhere.architectures = [type(model).__name__]
@@ -118,9 +121,11 @@ class HuggingFaceSource:
     def skeleton(self) -> nn.Module:
         """As `build` makes it of shapes alone: a head that is an nn.Linear is taken to be understood."""
         from xtrain.models.adapter import HeadLoss, LogitsLoss, LossHead
+        from xtrain.models.hf_activations import fuse_activations
 
         origin = f"model.hf {self.spec.model.hf}"
         model: Any = self._initialise()
+        fuse_activations(model)
         linear = model.get_output_embeddings()
         path = next((path for path, module in model.named_modules() if module is linear), None)
         if path is None or model.base_model is model:

@@ -20,15 +20,21 @@ class Places:
     blocks: Sequence[str] = ()
     """The place of each; empty where all are at home."""
     offload: Offload = field(default_factory=Offload)
+    updates_in_backward: bool = False
+    """Whether each gradient goes as soon as it is final."""
 
     def held(self, step: Step, moment: Moment) -> Mapping[str, Categories]:
         held: defaultdict[str, Categories] = defaultdict(Counter)
         for place, numbers in self._numbers(step):
             self._state(held, step, place, numbers)
         if moment.phase == "update":
-            self._update(held, step)
+            if not self.updates_in_backward:
+                self._update(held, step)
         elif moment.phase == "pass":
-            self._gradients(held, step, moment)
+            if self.updates_in_backward:
+                self._gradient(held, step, moment)
+            else:
+                self._gradients(held, step, moment)
             self._pass(held, step, moment)
         return held
 
@@ -72,6 +78,14 @@ class Places:
         fresh = self.home if moment.at is None else self._place(moment.at)
         if accumulated or moment.at is not None or self._gathered(fresh) != fresh:
             held[fresh]["gradients"] += width * moment.fresh
+
+    def _gradient(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
+        """The one that is being made and used, and its fp32 copy where the optimizer has a master copy."""
+        place = self.home if moment.at is None else self._place(moment.at)
+        updated = self._updated(place)
+        held[place]["gradients"] += step.widths.weight * moment.fresh
+        if step.widths.weight != FP32 or updated != place:
+            held[updated]["gradients"] += FP32 * moment.fresh
 
     def _gathered(self, place: str) -> str:
         """Where the gradient of a weight at `place` waits for the update."""

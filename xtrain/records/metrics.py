@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -94,31 +96,63 @@ class MetricsLog:
     def truncate_after(self, step: int) -> bool:
         """Drop the lines after `step`, whatever they are, for a run that goes on from there.
 
-        Returns whether there are lines up to `step`. Raises MetricsError when there are some and they end
-        before it, or one of them is no record: then there would be a gap.
+        Reads a few dozen lines, however many there are. Returns whether there are lines up to `step`. Raises
+        MetricsError when there are some and they end before it: then there would be a gap.
         """
         self.close()
         if not self.path.exists():
             return step == 0
-        kept_bytes = last = 0
-        for number, line in _lines(self.path) if step else ():
-            record = _parse(self.path, number, line)
-            if record.step > step:
-                break
-            kept_bytes, last = kept_bytes + len(line), record.step
-            if last == step:
-                break
-        if 0 < last < step:
-            raise MetricsError(f"{self.path} ends at step {last}, before step {step} of the checkpoint")
-        with self.path.open("r+b") as file:
-            file.truncate(kept_bytes)
-            flush(file.fileno())
+        try:
+            with self.path.open("r+b") as file:
+                kept_bytes, last = _end_of(file, step)
+                if 0 < last < step:
+                    raise MetricsError(
+                        f"{self.path} ends at step {last}, before step {step} of the checkpoint"
+                    )
+                file.truncate(kept_bytes)
+                flush(file.fileno())
+        except OSError as error:
+            raise MetricsError(f"cannot cut {self.path}: {error.strerror}") from error
         return last == step
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _end_of(file: BinaryIO, step: int) -> tuple[int, int]:
+    """Where the last line of a step up to `step` ends, and its step; zeros where there is none.
+
+    Steps rise from line to line, so the place from which no line stays is found by halving. A line that is
+    no record does not stay: among those that should, it ends the lines early.
+    """
+
+    def goes(place: int) -> bool:
+        found = _step_of(_line_from(file, place))
+        return found is None or found > step
+
+    first = bisect_left(range(file.seek(0, os.SEEK_END)), True, key=goes)
+    if first == 0:
+        return 0, 0
+    last = _line_from(file, first - 1)  # the last that stays begins there
+    return first - 1 + len(last), _step_of(last) or 0
+
+
+def _line_from(file: BinaryIO, place: int) -> bytes:
+    """The first line that begins at `place` or after it; empty where there is no whole one."""
+    file.seek(max(0, place - 1))
+    if place:
+        file.readline(LARGEST_LINE_BYTES)
+    line = file.readline(LARGEST_LINE_BYTES)
+    return line if line.endswith(b"\n") else b""
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return _LINE.validate_json(line).step
+    except ValidationError:
+        return None
 
 
 def read_metrics(path: Path) -> list[StepRecord]:

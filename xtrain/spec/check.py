@@ -19,7 +19,13 @@ from xtrain.spec.check_inputs import (
     model_problems,
     weights_paths,
 )
-from xtrain.spec.check_memory import group_problems, loss_problems, memory_problems, placement_problems
+from xtrain.spec.check_memory import (
+    group_problems,
+    loss_problems,
+    memory_problems,
+    placement_problems,
+    update_problems,
+)
 from xtrain.spec.keys import changed_keys, printed
 from xtrain.spec.nearest import divisors, either, multiples, neighbours
 from xtrain.spec.tree import WSD, Launch, Spec
@@ -166,6 +172,7 @@ CHECKS: Checks = (
     (memory_problems, frozenset({"memory"})),
     (group_problems, frozenset({"memory", "model"})),
     (loss_problems, frozenset({"memory", "model"})),
+    (update_problems, frozenset({"memory", "train", "batch", "launch", "stability", "precision"})),
     (placement_problems, frozenset({"manual", "model"})),
     (_stability, frozenset({"stability", "train"})),
 )

@@ -58,6 +58,38 @@ def loss_problems(spec: Spec) -> Iterator[Problem]:
         yield Problem("memory.loss_chunk", str(chunk), expected, "leave it out")
 
 
+def update_problems(spec: Spec) -> Iterator[Problem]:
+    """What `memory.optimizer_in_backward` cannot be together with: what comes between backward and update."""
+    if spec.memory == "auto" or not spec.memory.optimizer_in_backward:
+        return
+    for expected, nearest in _before_an_update(spec, spec.memory.offload):
+        yield Problem("memory.optimizer_in_backward", "true", expected, nearest)
+
+
+def _before_an_update(spec: Spec, offload: Offload) -> Iterator[tuple[str, str]]:
+    """(what was expected, the nearest thing that works)"""
+    if spec.train.clip is not None:
+        expected = f"expected train.clip null, not {spec.train.clip:g}: clipping asks for the norm of all"
+        yield f"{expected} gradients before the first update", "set train.clip: null"
+    share = spec.batch.global_ // spec.launch.processes
+    if spec.micro_batch < share:
+        expected = (
+            f"expected one pass per update, not {share // spec.micro_batch}: no gradient is final before"
+        )
+        yield f"{expected} the last", f"set batch.micro: {share}"
+    if spec.stability is not None:
+        expected = (
+            "expected no stability section: its guards are asked before an update, here it is made by then"
+        )
+        yield expected, "leave stability out"
+    if spec.precision.dtype == "fp16":
+        expected = "expected no fp16: whether gradients overflowed is known after the update was made"
+        yield expected, "use precision: bf16"
+    if offload.gradients.enabled:
+        expected = "expected memory.offload.gradients none: no gradient waits for the update"
+        yield expected, "leave memory.offload.gradients out"
+
+
 def _drives(offload: Offload) -> Iterator[Problem]:
     for name in Offload.model_fields:
         target = getattr(offload, name)

@@ -41,6 +41,7 @@ OTHER_NAMES = {
     "zero_optimization": "memory.sharding",
     "zero_stage": "memory.sharding",
     "gradient_checkpointing": "memory.checkpointing",
+    "optimizer_in_bwd": "memory.optimizer_in_backward",
     "nproc": "launch.processes",
 }
 """What the field calls things."""

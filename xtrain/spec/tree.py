@@ -261,6 +261,9 @@ class MemorySection(Section):
         "none", description="ZeRO-1, 2, 3; each includes the one before"
     )
     offload: Offload = Field(Offload(), description="what lives outside the device")
+    optimizer_in_backward: Flag = Field(
+        False, description="update each weight in the backward pass, as soon as its gradient is final"
+    )
     loss_chunk: Literal["auto", "none"] | Count = Field(
         "auto", description="tokens per chunk of the loss, so that the full logits never exist"
     )
