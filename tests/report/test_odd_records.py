@@ -13,7 +13,7 @@ import pytest
 
 from tests.report.sample_lanes import run
 from xtrain.errors import RequestError
-from xtrain.records.record import MatmulFacts, ModelFacts
+from xtrain.records.record import MatmulFacts, ModelFacts, RankBusy
 from xtrain.report.build import compare_lanes
 from xtrain.report.page import render_page
 from xtrain.report.runs import LaneRuns, Run, read_run
@@ -66,6 +66,7 @@ def full_run() -> Run:
     return run(
         predicted=predicted,
         rank_seconds=[{"forward": 1.0}, {"forward": 1.5}],
+        busy=[RankBusy(device=0.5, host_cores=1.0), RankBusy(device=None, host_cores=None)],
         matmul=MatmulFacts(dtype="fp32", flops_per_second=1e11, datasheet=2e11),
         model=ModelFacts(description="x", parameters=1_000_000, layers=4, hidden=128),
         environment={"cpu": "x", "platform": "y", "memory_bytes": 1 << 30, "packages": {"torch": "2.13.0"}},

@@ -68,6 +68,15 @@ def listed(folder: Path) -> None:
     write_list(folder, ended)
 
 
+def test_a_comparison_keeps_its_ladder(tmp_path: Path) -> None:
+    write_run(tmp_path / "lanes" / "a" / "run-1")
+    write_list(
+        tmp_path, [StoredLane(name="a", folder="a", ladder="cpu", rung=2, ends=[ended_run("finished")])]
+    )
+    (rung,) = merged(tmp_path, tmp_path).ladder
+    assert (rung.lane, rung.name) == ("cpu", "+ gradient accumulation")
+
+
 def ended_run(outcome: Any, reason: str | None = None, number: int = 1) -> StoredEnd:
     return StoredEnd(run=f"run-{number}", outcome=outcome, reason=reason, seconds=1.0)
 

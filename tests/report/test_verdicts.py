@@ -167,6 +167,16 @@ def test_what_is_offloaded_to_the_host_is_not_held_against_the_device() -> None:
     assert verdict(comparison, "choice").headline.startswith("Choose b: ")
 
 
+def test_a_prediction_is_held_against_what_was_measured_at_every_place() -> None:
+    predicted = {"peak_bytes": {"sim": {"parameters": 330 * MIB}, "cpu": {"optimizer": 480 * MIB}}}
+    offloads = run(memory=[on_device(300, 500)], predicted=predicted)
+    found = table(compared(lane("a", offloads), lane("b")), "Memory of a step, predicted and measured")
+    assert found.rows == [
+        ["a", "sim:0", "330.0 MiB", "300.0 MiB", "+10.0%"],
+        ["a", "cpu", "480.0 MiB", "500.0 MiB", "-4.0%"],
+    ]
+
+
 def test_a_lane_on_the_host_is_compared_where_it_computes() -> None:
     """300 MiB on the host are its device's; the other lane's host bytes have nothing to meet."""
     found = verdict(compared(lane("a"), lane("b", run(memory=[on_device(200, 400)]))), "memory")

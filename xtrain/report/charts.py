@@ -192,10 +192,11 @@ def _step_memory(lanes: Lanes) -> Chart:
 def _predicted(lanes: Lanes) -> Chart:
     held = {}
     for name, figures in lanes:
-        if figures.predicted is not None and figures.step_peaks:
-            held[f"{label(name)}, predicted"] = figures.predicted
-            held[f"{label(name)}, measured"] = fullest_device(figures)
-    caption = "What the planner said before the run, and what the step held."
+        place = next(iter(figures.step_peaks), "")
+        if place in figures.predicted:
+            held[f"{label(name)}, predicted"] = figures.predicted[place]
+            held[f"{label(name)}, measured"] = figures.step_peaks[place]
+    caption = "What the planner said before the run, and what the step held, on the fullest device."
     return _stacked_bytes("predicted", "Predicted and measured", caption, held)
 
 

@@ -70,8 +70,8 @@ class Figures(Part):
     rss: CounterFacts | None
     step_peaks: dict[str, dict[str, Natural]]
     """Of one step at its fullest: by place, the fullest device first and the host last, then by category."""
-    predicted: dict[str, Natural] | None
-    """Of the same step, by category, on the fullest device."""
+    predicted: dict[str, dict[str, Natural]]
+    """Of the same step, by place and category: those of `step_peaks` that were predicted, in their order."""
     loss_curve: Curve
     memory_curves: dict[str, Curve]
     """Bytes by step, by counter."""

@@ -105,10 +105,11 @@ def _matmul(found: MatmulFacts | None) -> MatmulFacts | None:
     return found.model_copy(update={"dtype": short(found.dtype)}) if found else None
 
 
-def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, int] | None:
-    """By category, at the first of `places`, the fullest device; None where nothing was predicted there."""
-    found = predicted_at(places[0], prediction(record)) if places else None
-    return _categories(found) if found else None
+def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, dict[str, int]]:
+    """By place and category; without those where nothing was predicted."""
+    said = prediction(record)
+    found = {place: _categories(predicted_at(place, said)) for place in places}
+    return {place: held for place, held in found.items() if held}
 
 
 def _categories(held: Any) -> dict[str, int]:

@@ -19,7 +19,6 @@ from xtrain.records.summary import (
 )
 from xtrain.report.agreement import Difference
 from xtrain.report.comparison import Comparison, Figures
-from xtrain.report.memory import fullest_device
 from xtrain.report.unlike import chosen_differences, shown
 
 Lanes = Sequence[tuple[str, Figures]]
@@ -275,14 +274,15 @@ def _step_memory(lanes: Lanes) -> Table:
 
 
 def _predicted(lanes: Lanes) -> Table:
+    """One row for each lane and place that was predicted."""
     rows = []
     for name, figures in lanes:
-        if figures.predicted is None or not figures.step_peaks:
-            continue
-        said, measured = sum(figures.predicted.values()), sum(fullest_device(figures).values())
-        error = format_error(said, measured) if measured else NOT_MEASURED
-        rows.append([name, format_bytes(said), format_bytes(measured), error])
-    return Table("Memory of a step, predicted and measured", ["lane", "predicted", "measured", "error"], rows)
+        for place, held in figures.predicted.items():
+            said, measured = sum(held.values()), sum(figures.step_peaks[place].values())
+            error = format_error(said, measured) if measured else NOT_MEASURED
+            rows.append([name, place, format_bytes(said), format_bytes(measured), error])
+    headers = ["lane", "on", "predicted", "measured", "error"]
+    return Table("Memory of a step, predicted and measured", headers, rows)
 
 
 def _unfinished(comparison: Comparison) -> Table:
