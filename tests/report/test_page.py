@@ -13,7 +13,8 @@ import pytest
 
 from tests.report.sample_lanes import STEP, compared, lane, memory, run, steps, unfinished
 from xtrain.records.record import DataFacts, ModelFacts
-from xtrain.report.charts import Chart, charts, label, lane_colours
+from xtrain.report.charts import Chart, charts, label
+from xtrain.report.colours import lane_colours
 from xtrain.report.comparison import Comparison
 from xtrain.report.page import render_page
 from xtrain.report.write import write_report
@@ -67,6 +68,8 @@ def test_nothing_from_a_record_is_markup() -> None:
 def test_text_in_charts_has_no_tags_for_the_library_either() -> None:
     assert label("<b>x</b> & y") == "&lt;b&gt;x&lt;/b&gt; &amp; y"
     assert label("cpu precision=bf16 batch.micro=8") == "cpu precision=bf16<br>batch.micro=8"
+    long = [f"deepspeed:2 {' '.join(['memory.checkpointing=auto'] * 3)} batch.micro={n}" for n in (4, 8)]
+    assert label(long[0]) != label(long[1])
     for chart in charts(evil_lanes()):
         names = [trace.get("name", "") for trace in chart.data]
         names += [str(place) for trace in chart.data for place in trace.get("y", ())]

@@ -16,33 +16,13 @@ from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.measure.speed import PHASE_NAMES, PHASES
 from xtrain.records.summary import COUNTERS, clean
 from xtrain.report.agreement import relative_difference
+from xtrain.report.colours import CATEGORY_COLOURS, PHASE_COLOURS, lane_colours
 from xtrain.report.comparison import Comparison, Curve, Figures
 from xtrain.report.memory import fullest_device
 
 Lanes = Sequence[tuple[str, Figures]]
 Trace = dict[str, Any]
 
-LANE_COLOURS = (
-    *("#3b7ddd", "#e8743b", "#1aa179", "#9a60d6", "#e0487f", "#12a5bd"),
-    *("#b58a0e", "#6f8499", "#7cb342", "#8d6e63", "#5c6bc0", "#d81b60"),
-)
-CATEGORY_COLOURS = {
-    "parameters": "#3b7ddd",
-    "master": "#7fb0f5",
-    "gradients": "#e8743b",
-    "optimizer": "#f2b14a",
-    "activations": "#1aa179",
-    "logits": "#9a60d6",
-    "other": "#8d99a8",
-}
-PHASE_COLOURS = {
-    "data": "#12a5bd",
-    "forward": "#3b7ddd",
-    "backward": "#9a60d6",
-    "reduce": "#e0487f",
-    "optimizer": "#f2b14a",
-    "other": "#8d99a8",
-}
 LONGEST_LABEL, LABEL_LINE = 60, 20
 """Characters."""
 BAR_HEIGHT, LINE_HEIGHT, FRAME_HEIGHT, CURVE_HEIGHT = 38, 19, 90, 340
@@ -77,15 +57,13 @@ def charts(comparison: Comparison) -> list[Chart]:
     return [chart for chart in found if chart.data]
 
 
-def lane_colours(comparison: Comparison) -> dict[str, str]:
-    names = [lane.name for lane in comparison.lanes]
-    return {name: LANE_COLOURS[number % len(LANE_COLOURS)] for number, name in enumerate(names)}
-
-
 def label(text: str) -> str:
-    """Text from a record as Plotly shows it, in short lines: no tag that it knows may come through."""
-    found = clean(text)
-    short = found if len(found) <= LONGEST_LABEL else f"{found[:LONGEST_LABEL]}..."
+    """Text from a record as Plotly shows it, in short lines: no tag that it knows may come through.
+
+    Long names keep both ends: lanes of one comparison begin alike.
+    """
+    found, half = clean(text), LONGEST_LABEL // 2
+    short = found if len(found) <= LONGEST_LABEL else f"{found[:half]}...{found[-half:]}"
     return "<br>".join(html.escape(line, quote=False) for line in wrap(short, LABEL_LINE))
 
 

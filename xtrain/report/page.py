@@ -16,7 +16,8 @@ from string import Template
 
 from xtrain.errors import RequestError
 from xtrain.records.summary import NOT_MEASURED, clean, format_bytes, format_loss
-from xtrain.report.charts import Chart, charts, lane_colours, trace_colour
+from xtrain.report.charts import Chart, charts, trace_colour
+from xtrain.report.colours import lane_colours
 from xtrain.report.comparison import Comparison, Figures, LaneReport, Verdict
 from xtrain.report.memory import STEP, instruments
 from xtrain.report.tables import Table, environment_table, tables
