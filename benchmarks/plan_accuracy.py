@@ -35,7 +35,7 @@ from xtrain.spec.tree import Spec
 
 RESULTS = Path(__file__).parent / "results"
 NEGLIGIBLE = 0.05
-"""Of all that a case holds: places with less are not compared."""
+"""Of all that a case holds: places with less are not compared; nor, by themselves, categories of a place."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,20 @@ class Outcome:
     @property
     def error(self) -> float:
         """Of the total; positive where too much was predicted."""
-        return sum(self.predicted.values()) / sum(self.measured.values()) - 1
+        return sum(self.predicted.values()) / self.total - 1
+
+    @property
+    def total(self) -> int:
+        """Bytes measured."""
+        return sum(self.measured.values())
+
+    def difference(self, category: str) -> int:
+        """Bytes, positive where too much was predicted."""
+        return self.predicted.get(category, 0) - self.measured.get(category, 0)
+
+    def holds(self, category: str) -> bool:
+        """Whether it is more than a negligible part of the place, as predicted or as measured."""
+        return max(self.predicted.get(category, 0), self.measured.get(category, 0)) > NEGLIGIBLE * self.total
 
 
 def predict(case: Case) -> Mapping[str, Height]:
@@ -65,10 +78,10 @@ def predict(case: Case) -> Mapping[str, Height]:
 
 def _step(spec: Spec, case: Case) -> Step:
     if case.hf is None:
-        return preset_step(spec, case.accumulation)
+        return preset_step(spec, case.accumulation, on_host=case.backend != SIMULATED)
     from xtrain.plan.traced import Tracer
 
-    return Step(spec, Tracer(spec)(spec), case.accumulation)
+    return Step(spec, Tracer.of(spec)(spec), case.accumulation)
 
 
 def _layout(spec: Spec, case: Case) -> Layout:
@@ -137,6 +150,7 @@ def report(found: Sequence[Outcome], count: int) -> str:
             f"- {count} cases, {len(errors)} places: median error {statistics.median(errors):.1%}, "
             f"worst {max(errors):.1%}",
             *(f"- {line}" for line in _by_lane(found)),
+            *(f"- {line}" for line in _by_category(found)),
             f"- {facts['cpu']}, {facts['platform']}; Python {facts['python']}, packages {facts['packages']}",
             "- MiB at the peak; by category predicted / measured",
             "",
@@ -150,6 +164,22 @@ def _by_lane(found: Sequence[Outcome]) -> Iterator[str]:
     for lane in dict.fromkeys(one.case.backend for one in found):
         errors = [abs(one.error) for one in found if one.case.backend == lane]
         yield f"{lane}: {len(errors)} places, median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
+
+
+def _by_category(found: Sequence[Outcome]) -> Iterator[str]:
+    """Of the category itself where it is no negligible part of its place, and of the whole place."""
+    for category in MEMORY_CATEGORIES:
+        own = [
+            abs(one.difference(category)) / max(1, one.measured.get(category, 0))
+            for one in found
+            if one.holds(category)
+        ]
+        of_all = [abs(one.difference(category)) / one.total for one in found]
+        if own:
+            yield (
+                f"{category}: {len(own)} places, median {statistics.median(own):.1%}, worst {max(own):.1%}; "
+                f"of all that a place holds median {statistics.median(of_all):.1%}, worst {max(of_all):.1%}"
+            )
 
 
 def _megabytes(found: Mapping[str, int], category: str) -> str:

@@ -49,6 +49,7 @@ class Case:
     micro: int = 4
     accumulation: int = 2
     vocab_size: int = 257
+    dropout: float = 0.0
     hf: Any = None
     """Changes to LLAMA; None for the built-in GPT-2."""
     precision: Any = "fp32"
@@ -88,11 +89,12 @@ class Case:
                 "hidden": self.hidden,
                 "heads": self.heads,
                 "vocab_size": self.vocab_size,
+                "dropout": self.dropout,
             }
         assert folder is not None, "a Hugging Face model needs a folder for its config"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**LLAMA, **self.hf}))
-        return {"hf": str(folder)}
+        return {"hf": str(folder), "dropout": self.dropout}
 
     def __str__(self) -> str:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(Case(), k)}
@@ -122,6 +124,8 @@ def _gpt2(precision: Any) -> Iterator[Case]:
     yield Case(layers=12, hidden=64, heads=2, micro=8, precision=precision)
     yield Case(layers=12, vocab_size=8000, checkpointing="auto", precision=precision)
     yield Case(layers=2, vocab_size=50_257, micro=1, precision=precision)
+    yield Case(dropout=0.1, precision=precision)
+    yield Case(dropout=0.1, layers=6, seq_len=256, micro=2, checkpointing="auto", precision=precision)
     for checkpointing in ("none", "auto"):
         yield replace(GPT2_124M, checkpointing=checkpointing, precision=precision)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ import pytest
 import torch
 
 from tests.clean_process import start
-from tests.jobs import ROOT
 from tests.simulated.backend import Simulated, _devices, simulated_backend
 from tests.simulated.counting import MEMORY
 from tests.small_runs import metrics, steps
+from tests.workers.hungry import COUNTER
 from xtrain import registry
 from xtrain.choose import Choice
 from xtrain.contract import Job
 from xtrain.errors import EXIT_FAILED, RunFailed
 from xtrain.fitting import Failure, add_failure, fit, lower_after, read_history
 from xtrain.launching.launch import Ended
-from xtrain.plan.auto import Rung, predicted_bytes, rungs
+from xtrain.measure import cgroup
+from xtrain.plan.auto import Rung, predicted_bytes, rungs, sized
 from xtrain.records.record import RunRecord, load_record
 from xtrain.records.rundir import write_json
 from xtrain.request import Request
+from xtrain.run import run
 from xtrain.signals import StopRequest
 from xtrain.spec import load_spec
 from xtrain.spec.tree import MemorySection, Spec
@@ -83,10 +85,17 @@ def test_each_rung_is_the_same_training(tmp_path: Path) -> None:
         assert rung.spec.model_copy(update=same) == spec
 
 
+def needed_bytes(spec: Spec, name: str) -> int | None:
+    backend = registry.load(name)
+    model = sized(spec, backend)
+    assert not isinstance(model, str)
+    return predicted_bytes(spec, 1, backend, model)
+
+
 def test_the_first_rung_that_fits_is_taken(tmp_path: Path) -> None:
     spec, backend = spec_of(tmp_path), registry.load("cuda")
     ladder = rungs(spec, 1, backend)
-    needed = [predicted_bytes(rung.spec, 1, backend) for rung in ladder]
+    needed = [needed_bytes(rung.spec, "cuda") for rung in ladder]
     third = needed[2]
     assert third is not None
     assert fit(spec, 1, backend, int(third / 0.9) + 1, None).rung == ladder[2]
@@ -103,7 +112,7 @@ def test_a_rung_that_was_too_much_is_not_tried_again_nor_those_above_it(tmp_path
     assert "memory: auto: batch.micro 4 was too much: full" in fitted.notes
 
 
-KILLED = Ended(EXIT_FAILED, "rank 0 was killed by SIGKILL", killed=True)
+KILLED = Ended(EXIT_FAILED, "rank 0 was killed by SIGKILL", "yes")
 
 
 def was_on(folder: Path, rung: str, *lower: str) -> None:
@@ -119,6 +128,9 @@ def failed(folder: Path) -> list[str]:
     ("ended", "lower", "again"),
     [
         (KILLED, ["b"], True),
+        (replace(KILLED, killed_for_memory="likely"), ["b"], True),
+        (replace(KILLED, killed_for_memory="unknown"), ["b"], True),
+        (replace(KILLED, killed_for_memory="no"), ["b"], False),
         (KILLED, [], False),
         (Ended(EXIT_FAILED, "the loss is no number"), ["b"], False),
         (Ended(0, ""), ["b"], False),
@@ -129,7 +141,7 @@ def test_the_launcher_begins_again_after_a_kill_with_something_less_to_try(
 ) -> None:
     was_on(tmp_path, "a", *lower)
     assert lower_after(ended, tmp_path, 0) is again
-    assert failed(tmp_path) == (["a"] if ended.killed else [])
+    assert failed(tmp_path) == (["a"] if ended.killed_for_memory in ("yes", "likely", "unknown") else [])
 
 
 def test_the_launcher_begins_again_where_a_worker_left_word(tmp_path: Path) -> None:
@@ -184,7 +196,7 @@ PLAIN = "memory={}"
 def test_it_fits_where_the_plain_run_dies_with_the_same_losses(tmp_path: Path) -> None:
     trained(tmp_path, tmp_path / "roomy", PLAIN)
     gc.collect()
-    needed = predicted_bytes(spec_of(tmp_path, PLAIN), 1, registry.load("cpu"))
+    needed = needed_bytes(spec_of(tmp_path, PLAIN), "cpu")
     assert needed is not None
     MEMORY[0].limit_bytes = MEMORY[0].live_bytes + int(0.8 * needed)
     with pytest.raises(RunFailed, match="out of memory"):
@@ -276,7 +288,9 @@ def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: 
 
 
 @pytest.mark.slow
-def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> None:
+def test_after_a_kill_the_parent_begins_again_one_rung_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The first two updates are saved; the third is killed with 4 sequences a pass, and not with 2."""
     spec = tmp_path / "spec.yaml"
     text = SPEC.replace(
@@ -286,19 +300,20 @@ def test_after_a_kill_the_parent_begins_again_one_rung_down(tmp_path: Path) -> N
     spec.write_text(
         text.replace("{global: 8, micro: 8}", "{global: 4, micro: 4}") + "checkpoint: {every_steps: 1}\n"
     )
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "xtrain", "run", str(spec), "--backend", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    out, vmstat = tmp_path / "out", tmp_path / "vmstat"
+    vmstat.write_text("oom_kill 0\n")
+    monkeypatch.setattr(cgroup, "PROC", tmp_path)
+    monkeypatch.setenv(COUNTER, str(vmstat))
+    assert run(Request(spec, "cpu", out)) == 0
     (failure,) = read_history(out)
     assert failure.rung == "the spec as it is"
-    assert "SIGKILL" in failure.why
+    assert "SIGKILL (probably out of memory" in failure.why
     record = load_record(out)
     assert record.status == "done"
     assert steps(out) == list(range(1, 7))
     settings: Any = record.settings["memory_auto"]
     assert settings["rung"] == "batch.micro 2"
-    assert "resumed from" in done.stderr
+    assert "resumed from" in capfd.readouterr().err
 
 
 def test_a_rung_s_spec_names_every_technique(tmp_path: Path) -> None:

@@ -70,3 +70,14 @@ def test_the_ladder_is_climbed_by_every_lane() -> None:
     assert len(lanes) == 2 * len(RUNGS)
     assert (lanes[6].engine, lanes[6].rung) == ("deepspeed:2", 1)
     assert lanes[0].name == "cpu plain fp32"
+
+
+def test_processes_that_cannot_share_the_batch_are_refused_with_those_that_can() -> None:
+    spec = load_spec(SPEC, ("batch.global=8", "batch.micro=null"))
+    message = (
+        "batch.global 8 cannot be shared by 3 processes; expected a number that divides it, nearest: 2 or 4"
+    )
+    with pytest.raises(RequestError, match=message):
+        ladder([Lane("deepspeed", 3)], spec)
+    with pytest.raises(RequestError, match="shared by 16 processes"):
+        ladder([Lane("deepspeed", 16)], spec)

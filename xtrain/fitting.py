@@ -15,14 +15,12 @@ from typing import Any
 from xtrain.contract import JSON, Backend, OutOfMemory, Resolved
 from xtrain.errors import EXIT_FAILED
 from xtrain.launching.launch import Ended
-from xtrain.plan.auto import Rung, predicted_bytes, rungs
+from xtrain.plan.auto import USABLE, Rung, predicted_bytes, rungs, sized
 from xtrain.records.rundir import write_json
 from xtrain.records.summary import format_bytes
 from xtrain.spec.tree import Spec
 
 HISTORY = "memory.json"
-USABLE = 0.9
-"""Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""
 
 
 class TooMuch(Exception):
@@ -96,8 +94,11 @@ def _first_that_fits(
 ) -> tuple[int, str]:
     if room_bytes is None:
         return 0, "how much memory there is, is not known"
+    model = sized(left[0].spec, backend)
+    if isinstance(model, str):
+        return 0, f"what it needs is known only once it runs: {model}"
     for place, rung in enumerate(left):
-        needed = predicted_bytes(rung.spec, world, backend)
+        needed = predicted_bytes(rung.spec, world, backend, model)
         if needed is None:
             return place, "what it needs is known only once it runs"
         if needed <= USABLE * room_bytes:
@@ -123,7 +124,8 @@ def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:
     """For the launcher: whether the run in `directory` is to begin again, one rung down.
 
     A killed process could leave no word. Its rung, and what was below it, are in resolved.json; where it was
-    killed before it wrote that, it was on the first one that has not failed yet.
+    killed before it wrote that, it was on the first one that has not failed yet. A kill that the system did
+    not count among those for memory is somebody's wish that it ends.
     """
     was = _last_settings(directory)
     ladder = [str(name) for name in (was.get("rung"), *(was.get("lower") or ()))]
@@ -133,7 +135,7 @@ def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:
     if len(failed) > failures_before:
         return failed[-1] in ladder[:-1]
     on = next((name for name in ladder if name not in failed), None)
-    if not ended.killed or on is None:
+    if ended.killed_for_memory in (None, "no") or on is None:
         return False
     add_failure(directory, Failure(on, ended.message.splitlines()[0], None))
     return on != ladder[-1]

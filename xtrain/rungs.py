@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xtrain.errors import RequestError
+from xtrain.spec.nearest import divisors, either, neighbours
 from xtrain.spec.tree import Spec
 
 
@@ -41,8 +43,14 @@ MICRO_SHARE = 4
 
 
 def rung_overrides(spec: Spec, world: int) -> list[list[str]]:
-    """`--set` words for each of RUNGS, on `world` processes."""
-    share = spec.batch.global_ // world
+    """`--set` words for each of RUNGS, on `world` processes; RequestError where they cannot share a batch."""
+    share, left = divmod(spec.batch.global_, world)
+    if left:
+        fitting = neighbours(world, divisors(spec.batch.global_))
+        raise RequestError(
+            f"--ladder: batch.global {spec.batch.global_} cannot be shared by {world} processes; expected a "
+            f"number that divides it, nearest: {either(fitting)}; or change batch.global"
+        )
     whole, small = f"batch.micro={share}", f"batch.micro={_smaller(share, spec.batch.micro)}"
     checkpointed, sharded = (
         "memory={checkpointing: auto}",

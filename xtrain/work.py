@@ -107,7 +107,7 @@ def _attempt(request: Request, given: Spec, choice: Choice, job: Job, stop: Stop
             say(first, f"note: {note}")
         stop.begin(first)
         try:
-            predicted = predict(spec, job.world, choice.backend, data.vocab_size, engine)
+            predicted = predict(spec, job.world, choice.backend, data.vocab_size, engine, model.outline)
             facts = Facts(resolved, data, model, engine, predicted)
             run = Run(request, facts, choice.backend, directory, job, begin, guards, before, stop, fitted)
             return run.train()

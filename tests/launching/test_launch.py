@@ -20,9 +20,13 @@ from xtrain.launching import launch
 from xtrain.launching.agent import first_failure
 from xtrain.launching.launch import start_workers
 from xtrain.launching.worker import FOLDER, Ending, leave_word
+from xtrain.measure.cgroup import Kills
 
 WORKERS = Path(__file__).parents[1] / "workers"
 MARK = "XTRAIN_TEST_OF_LAUNCHING"
+UNCOUNTED = Kills.now().explain(Kills.now())
+"""What this system tells of a process that nothing but another process killed."""
+NOT_FOR_MEMORY = f"rank 1 of 2 was killed by SIGKILL ({launch.KILLED[UNCOUNTED]}); the others were ended"
 PATIENCE_SECONDS = 180.0
 """For what takes a second on an idle machine."""
 
@@ -167,7 +171,7 @@ def test_worker_that_failed_and_cannot_leave_is_ended(started: Callable[..., Lau
 def test_killed_rank_is_named_and_the_ones_that_wait_for_it_end(started: Callable[..., Launcher]) -> None:
     code, message, _ = started("dies", "1").end()
     assert code == 1
-    assert message == "rank 1 of 2 was killed by SIGKILL (often: out of memory); the others were ended"
+    assert message == NOT_FOR_MEMORY
 
 
 # --- restarts --------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def test_a_worker_that_dies_every_time_ends_the_launch_after_the_last_restart(
     monkeypatch.setenv("RESTARTS", "1")
     code, message, errors = started("dies", "1").end()
     assert code == 1
-    assert message == "rank 1 of 2 was killed by SIGKILL (often: out of memory); the others were ended"
+    assert message == NOT_FOR_MEMORY
     assert errors.count("all start again") == 1
     assert (tmp_path / "died.json").read_text() == "1\n1\n"
 

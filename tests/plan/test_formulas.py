@@ -75,9 +75,20 @@ def test_parameters_are_divided_by_tensor_and_pipeline_degrees_alone() -> None:
     }
 
 
-def test_communication_is_the_papers() -> None:
+def test_beside_them_stands_all_that_is_claimed() -> None:
+    rows = FORMULAS["parallel"](Sizes(params=7e9, gpus=8)).rows
+    claimed = [[value / 1e9 for value in row[1:]] for row in rows.values()]
+    assert claimed == [[14, 28, 42], [3.5, 7, 10.5], [7, 3.5, 10.5], [7, 1.75, 8.75]]
+
+
+def test_communication_is_the_papers_in_bytes_of_these_parameters() -> None:
     rows = FORMULAS["communication"](SEVEN).rows
-    assert {name: row[0] for name, row in rows.items()} == {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": 2, "ZeRO-3": 3}
+    assert {name: row[0] / 14e9 for name, row in rows.items()} == {
+        "DDP, 2 P": 2,
+        "ZeRO-1, 2 P": 2,
+        "ZeRO-2, 2 P": 2,
+        "ZeRO-3, 3 P": 3,
+    }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -105,6 +116,56 @@ def test_an_unknown_formula_is_told_with_the_nearest() -> None:
     assert "nearest: simple" in result.stderr
 
 
-def test_parameters_must_be_a_number_above_zero() -> None:
-    assert plan("--formula", "zero", "--params", "-1").exit_code == 2
-    assert plan("--formula", "zero", "--params", "inf").exit_code == 2
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--formula", "zero", "--params", "-1"),
+        ("--formula", "zero", "--params", "inf"),
+        ("--formula", "zero", "--params", "nan"),
+        ("--formula", "zero", "--params", "1e308"),
+        ("--formula", "simple", "--batch", "9" * 400),
+        ("--advise", "--device-memory", "9" * 400 + "GB"),
+    ],
+)
+def test_what_makes_no_finite_figure_is_refused(words: tuple[str, ...]) -> None:
+    result = plan(*words, "--json")
+    assert result.exit_code == 2
+    assert "found" in result.stderr or "range" in result.stderr
+
+
+def test_the_largest_figures_are_still_json() -> None:
+    most = [
+        word
+        for name in ("batch", "seq", "hidden", "layers", "heads", "gpus")
+        for word in (f"--{name}", str(10**9))
+    ]
+    for name in FORMULAS:
+        told = plan("--formula", name, "--params", "1e18", *most, "--json")
+        assert told.exit_code == 0
+        json.loads(told.stdout, parse_constant=lambda word: pytest.fail(word))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--formula", "zero", "--backend", "cpu"),
+            "--backend says nothing with --formula; it belongs to SPEC",
+        ),
+        (("--formula", "zero", "--set", "train.steps=2"), "--set says nothing with --formula"),
+        (("--formula", "zero", "--device-memory", "1GB"), "it belongs to SPEC or --advise: leave it out"),
+        (("--advise", "--heads", "8"), "--heads says nothing with --advise; it belongs to --formula"),
+        (("--advise", "--bytes", "2"), "--bytes says nothing with --advise"),
+        (("spec.yaml", "--params", "7e9"), "--params says nothing with SPEC"),
+        (("spec.yaml", "--seq", "128"), "--seq says nothing with SPEC"),
+        (
+            ("--advise", "--formula", "zero"),
+            "expected one of SPEC, --formula NAME and --advise, found --formula and --advise",
+        ),
+        ((), "found none of them"),
+    ],
+)
+def test_an_option_of_another_question_is_refused_by_name(words: tuple[str, ...], message: str) -> None:
+    result = plan(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr

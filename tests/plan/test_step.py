@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -29,6 +30,9 @@ SHAPES = [
     Case(vocab_size=4000, loss_chunk="none", precision="bf16"),
     Case(vocab_size=4000, loss_chunk=64),
     Case(layers=2, vocab_size=50_257, micro=1),
+    Case(dropout=0.1),
+    Case(dropout=0.1, precision="bf16", seq_len=256, micro=2),
+    Case(dropout=0.1, layers=6, checkpointing={"every": 1}, precision=BF16_WEIGHTS),
 ]
 RECOMPUTED = [
     Case(layers=6, checkpointing={"every": 1}),
@@ -81,15 +85,15 @@ def spec(tmp_path: Path) -> Path:
     return path
 
 
+WIDE = ("--set=batch.global=64", "--set=batch.micro=1", "--set=data.seq_len=128", "--set=model.hidden=64")
+
+
 def test_the_first_rung_that_fits_is_marked(spec: Path) -> None:
     told = json.loads(
         plan(
             spec,
             "--json",
-            "--set=batch.global=64",
-            "--set=batch.micro=1",
-            "--set=data.seq_len=128",
-            "--set=model.hidden=64",
+            *WIDE,
         ).stdout
     )
     totals = [rung["total_bytes"] for rung in told["ladder"]]
@@ -97,10 +101,7 @@ def test_the_first_rung_that_fits_is_marked(spec: Path) -> None:
     between = (totals[1] + totals[2]) // 2 / 2**20
     shown = plan(
         spec,
-        "--set=batch.global=64",
-        "--set=batch.micro=1",
-        "--set=data.seq_len=128",
-        "--set=model.hidden=64",
+        *WIDE,
         "--device-memory",
         f"{between:.6f}MiB",
     ).stdout
@@ -108,6 +109,10 @@ def test_the_first_rung_that_fits_is_marked(spec: Path) -> None:
     verdicts = ["does not fit" in row for row in rows]
     assert verdicts[:2] == [True, True]
     assert "fits: the first" in rows[2]
+    assert [rung["first_fit"] for rung in told["ladder"]].count(True) == 0
+    memory = ("--device-memory", f"{between:.6f}MiB", "--json")
+    marked = json.loads(plan(spec, *WIDE, *memory).stdout)["ladder"]
+    assert [rung["first_fit"] for rung in marked][:4] == [False, False, True, False]
 
 
 def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> None:
@@ -124,12 +129,82 @@ def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> No
 LARGE = ("--set=batch.micro=1", "--set=model.hidden=512", "--set=model.layers=8", "--set=model.heads=8")
 
 
+def test_the_vocabulary_is_that_of_the_data(tmp_path: Path) -> None:
+    """As in a run: gpt2-nano takes its tokenizer's where the spec names none."""
+    np.save(tmp_path / "tokens.npy", np.arange(5000, dtype=np.int32))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC.replace("source: synthetic", f"source: tokens, path: '{tmp_path}/tokens.npy'"))
+    words = ("--set=data.tokens=null", "--json")
+    few, many = (
+        json.loads(plan(spec, *words, *more).stdout) for more in (["--set=model.vocab_size=5000"], [])
+    )
+    assert "vocabulary 5,000" in many["model"]
+    assert {**few, "model": ""} == {**many, "model": ""}
+
+
+def test_without_the_data_the_spec_has_to_say_its_vocabulary(tmp_path: Path) -> None:
+    spec, tokens = tmp_path / "spec.yaml", tmp_path / "tokens.npy"
+    tokens.write_text("on another machine")
+    spec.write_text(SPEC.replace("source: synthetic", f"source: tokens, path: '{tokens}'"))
+    told = plan(spec, "--set=data.tokens=null")
+    assert told.exit_code == 2
+    assert "To plan without the data, set model.vocab_size" in told.stderr
+    assert plan(spec, "--set=data.tokens=null", "--set=model.vocab_size=5000").exit_code == 0
+
+
+def test_memory_auto_is_answered_with_what_it_would_try(spec: Path) -> None:
+    words = ("--set=memory=auto", "--set=batch={global: 4, micro: 4}", "--set=data.seq_len=512")
+    told = json.loads(plan(spec, *words, "--json").stdout)["memory_auto"]
+    assert [rung["name"] for rung in told][:3] == ["the spec as it is", "batch.micro 2", "batch.micro 1"]
+    assert any("offload" in rung["name"] for rung in told)
+    second = told[1]["total_bytes"]
+    room = f"{second / 0.9 / 2**20 + 0.001:.6f}MiB"
+    shown = plan(spec, *words, "--device-memory", room).stdout
+    assert "begins with the first that takes at most 90% of its device" in shown
+    (row,) = (line for line in shown.splitlines() if line.startswith("batch.micro 2"))
+    assert row.endswith("fits: the first")
+    assert json.loads(plan(spec, "--json").stdout)["memory_auto"] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "note"),
+    [
+        ("--set=train.compile=true", "train.compile is not predicted"),
+        ("--set=model.dropout=0.1", "Dropout: on a device a byte is counted for each element"),
+    ],
+)
+def test_what_is_counted_in_part_is_said(spec: Path, word: str, note: str) -> None:
+    assert note in plan(spec, word).stdout
+    (told,) = json.loads(plan(spec, word, "--json").stdout)["notes"]
+    assert note in told
+    assert json.loads(plan(spec, "--json").stdout)["notes"] == []
+
+
+def test_allocator_slack_is_null_with_its_reason(spec: Path) -> None:
+    told = json.loads(plan(spec, "--json").stdout)
+    assert told["allocator_slack_bytes"] is None
+    assert "a run measures it" in told["allocator_slack_reason"]
+
+
 def test_each_stage_of_sharding_needs_less(spec: Path) -> None:
     told = json.loads(plan(spec, *LARGE, "--gpus", "2", "--json").stdout)
     totals = {rung["name"]: rung["total_bytes"] for rung in told["sharding"]}
     assert list(totals) == ["none", "optimizer", "gradients", "parameters"]
     assert totals["none"] > totals["gradients"] > totals["parameters"]
-    assert told["sent_bytes"]["parameters"] * 2 == told["sent_bytes"]["none"] * 3
+
+
+def test_what_is_sent_grows_with_accumulation_where_micro_batches_are_reduced_one_by_one(spec: Path) -> None:
+    once, twice = (
+        json.loads(plan(spec, "--gpus", "2", "--json", f"--set=batch={{global: 4, micro: {micro}}}").stdout)
+        for micro in (2, 1)
+    )
+    assert [once["accumulation"], twice["accumulation"]] == [1, 2]
+    sent = {stage: (once["sent_bytes"][stage], twice["sent_bytes"][stage]) for stage in once["sent_bytes"]}
+    half = once["sent_bytes"]["none"] // 2  # an all-reduce is two passes round the ring
+    assert sent["none"] == (2 * half, 2 * half)
+    assert sent["optimizer"] == (3 * half, 3 * half)
+    assert sent["gradients"] == (3 * half, 5 * half)
+    assert sent["parameters"][1] > 1.9 * sent["parameters"][0]
 
 
 def test_a_stage_counts_its_buckets(spec: Path) -> None:

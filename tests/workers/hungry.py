@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 from torch import nn
 
 TOO_MANY = 4
+COUNTER = "XTRAIN_TEST_VMSTAT"
+"""Names the file in which the system counts such a kill."""
 
 
 class Hungry(nn.Module):
@@ -23,6 +26,7 @@ class Hungry(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.passes += 1
         if self.passes > 2 and self.training and len(tokens) >= TOO_MANY:
+            Path(os.environ[COUNTER]).write_text("oom_kill 1\n")
             os.kill(os.getpid(), signal.SIGKILL)
         logits: torch.Tensor = self.head(self.embedding(tokens))
         return logits

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xtrain.cli.options import BACKEND, JSON, SET
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, RequestError
@@ -66,6 +67,39 @@ def doctor(
     raise SystemExit(EXIT_DONE if result.right else EXIT_FAILED)
 
 
+SIZE = click.IntRange(1, 10**9)
+SHAPE = ("params", "gpus", "nodes", "batch", "seq", "hidden", "layers")
+MODES = {
+    "SPEC": {"spec", "overrides", "backend", "gpus", "nodes", "device_memory", "as_json"},
+    "--formula": {
+        "formula",
+        "params",
+        "gpus",
+        "nodes",
+        "batch",
+        "seq",
+        "hidden",
+        "layers",
+        "heads",
+        "bytes_",
+        "as_json",
+    },
+    "--advise": {
+        "advise",
+        "params",
+        "gpus",
+        "nodes",
+        "device_memory",
+        "batch",
+        "seq",
+        "hidden",
+        "layers",
+        "as_json",
+    },
+}
+"""What `plan` can be asked, and the parameters of each question."""
+
+
 @click.command()
 @click.argument("spec", required=False, type=click.Path(path_type=Path))
 @SET
@@ -73,17 +107,20 @@ def doctor(
 @click.option("--formula", help=f"One of {', '.join(FORMULAS)}.")
 @click.option("--advise", is_flag=True, help="How to divide a training over a cluster, and why.")
 @click.option("--params", type=float, default=7e9, show_default=True, help="Parameters, e.g. 7e9.")
-@click.option("--gpus", type=click.IntRange(min=1), help="Per node.  [default: 1, or launch.processes]")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--gpus", type=SIZE, help="Per node.  [default: 1, or launch.processes]")
+@click.option("--nodes", type=SIZE, default=1, show_default=True)
 @click.option("--device-memory", help="Of one device, such as 24GiB; 80GB with --advise.")
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences.")
-@click.option("--seq", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens.")
-@click.option("--hidden", type=click.IntRange(min=1), default=4096, show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--batch", type=SIZE, default=4, show_default=True, help="Sequences.")
+@click.option("--seq", type=SIZE, default=2048, show_default=True, help="Tokens.")
+@click.option("--hidden", type=SIZE, default=4096, show_default=True)
+@click.option("--layers", type=SIZE, default=32, show_default=True)
+@click.option("--heads", type=SIZE, default=32, show_default=True)
 @click.option("--bytes", "bytes_", type=click.Choice(["2", "4"]), default="2", help="Of a number.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, in bytes.")
+@click.pass_context
 def plan(
+    context: click.Context,
+    /,
     spec: Path | None,
     overrides: tuple[str, ...],
     backend: str | None,
@@ -102,16 +139,16 @@ def plan(
     """
     from xtrain.plan import command as room
 
+    _require_one_question(
+        context, {"SPEC": spec is not None, "--formula": formula is not None, "--advise": advise}
+    )
     if spec is not None:
-        if formula is not None or advise:
-            raise RequestError("xtrain plan: expected one of SPEC, --formula and --advise")
         world = None if gpus is None and nodes == 1 else (gpus or 1) * nodes
         click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
         return
     click.echo(
         room.answer(
             formula,
-            advise,
             as_json,
             device_memory="80GB" if device_memory is None else device_memory,
             gpus=gpus or 1,
@@ -119,3 +156,19 @@ def plan(
             **question,
         )
     )
+
+
+def _require_one_question(context: click.Context, asked: dict[str, bool]) -> None:
+    """And no option that belongs to another one."""
+    modes = [mode for mode, is_asked in asked.items() if is_asked]
+    if len(modes) != 1:
+        found = " and ".join(modes) or "none of them"
+        raise RequestError(f"xtrain plan: expected one of SPEC, --formula NAME and --advise, found {found}")
+    for option in context.command.params:
+        name = option.name or ""
+        if name not in MODES[modes[0]] and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            others = " or ".join(mode for mode, known in MODES.items() if name in known)
+            raise RequestError(
+                f"xtrain plan: {option.opts[0]} says nothing with {modes[0]}; it belongs to {others}: "
+                "leave it out"
+            )

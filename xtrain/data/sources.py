@@ -127,11 +127,20 @@ def _synthetic_stream(spec: Spec, cache: TokenCache) -> TokenStream:
     return TokenStream(stored.tokens, vocab_size, stored.content_hash, origin="synthetic")
 
 
-def _file_stream(spec: Spec, cache: TokenCache) -> TokenStream:
+def file_vocabulary(spec: Spec) -> int:
+    """Of a file of tokens; it is looked through for its largest id where no cache remembers that."""
+    return _file_vocabulary(spec, _token_file(spec, open_cache(show_progress=False)))
+
+
+def _token_file(spec: Spec, cache: TokenCache) -> TokenFile:
     paths = find_files(spec.data.path)
     if len(paths) > 1:
         raise RequestError(f"data.path: found {len(paths)} files; source tokens takes one, join them first")
-    file = open_token_file(paths[0], cache)
+    return open_token_file(paths[0], cache)
+
+
+def _file_stream(spec: Spec, cache: TokenCache) -> TokenStream:
+    file = _token_file(spec, cache)
     return TokenStream(
         file.tokens,
         _file_vocabulary(spec, file),

@@ -21,6 +21,7 @@ from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestError
 from xtrain.launching.agent import AGENT_ENDING, STOPPING, Order
 from xtrain.launching.supervise import children, kill_groups
 from xtrain.launching.worker import FOLDER, ending, endings, process_ids
+from xtrain.measure.cgroup import Kills, Verdict
 from xtrain.request import Hosts
 from xtrain.signals import exit_code, too_early
 
@@ -28,6 +29,13 @@ SIGNALLED = 128
 PROCESSES_PER_CORE = 4
 ALWAYS_ALLOWED = 64
 """Processes, whatever the cores: a host's accelerators may outnumber what is left of its cores."""
+KILLED: dict[Verdict, str] = {
+    "yes": "out of memory: the system counted it",
+    "likely": "probably out of memory: such a kill was counted on this machine",
+    "unknown": "often: out of memory; this system does not tell",
+    "no": "not for memory: the system counted no such kill",
+}
+"""By whom, as far as the system tells."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Ended:
 
     code: int
     message: str
-    killed: bool = False
-    """Whether a process was ended by SIGKILL, as the system does where memory is short."""
+    killed_for_memory: Verdict | None = None
+    """Where a process was ended by SIGKILL: whether by the system, because memory was short."""
 
     @property
     def signalled(self) -> bool:
@@ -112,6 +120,7 @@ class Launch:
         self._world = order.processes * (order.hosts.count if order.hosts else 1)
         self._asked: signal.Signals | None = None
         self._left_at_once = False
+        self._kills = Kills.now()
         agents_end, self._lifeline = os.pipe()
         self.agent = subprocess.Popen(
             [sys.executable, "-m", "xtrain.launching.agent", str(agents_end), order.json(), *command],
@@ -196,10 +205,11 @@ class Launch:
         if self._asked is not None and code in (-self._asked, exit_code(self._asked)):
             return self._too_early(self._asked)
         if code < 0:
-            reason = " (often: out of memory)" if code == -signal.SIGKILL else ""
-            killed = code == -signal.SIGKILL
-            message = f"{who} was killed by {_name(-code)}{reason}; the others were ended"
-            return Ended(EXIT_FAILED, message, killed)
+            verdict = self._kills.explain(Kills.now()) if code == -signal.SIGKILL else None
+            reason = f" ({KILLED[verdict]})" if verdict else ""
+            return Ended(
+                EXIT_FAILED, f"{who} was killed by {_name(-code)}{reason}; the others were ended", verdict
+            )
         if word is None or not word.message:
             return Ended(code, f"{who} ended with exit code {code}; the others were ended")
         return Ended(code, f"{who} failed\n{word.message}" if "\n" in word.message else word.message)

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +35,10 @@ _LOSS_OPS = (torch.ops.aten._log_softmax.default, torch.ops.aten.logsumexp.defau
 """Their input is logits, in every cross-entropy."""
 _PICK = torch.ops.aten.scatter_add_.default
 """With one index a row: the loss by chunks (xtrain/models/loss.py) takes 1 from its targets' shares."""
+
+
+MADE = ("activations", "other")
+"""What a storage is until somebody says what it is."""
 
 
 def count_bytes(holdings: Holdings) -> ByPlace:
@@ -120,7 +125,9 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._see(tensor, "other")  # it was there before
+            known = self._see(tensor, "other")  # it was there before
+            if known is not None and isinstance(tensor, nn.Parameter) and known.category in MADE:
+                self._recategorise(known, "parameters")  # gathered: what an engine holds is what it says
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._see(tensor, self._category(tensor))
@@ -137,7 +144,8 @@ class Ledger(TorchDispatchMode):
     def _category(self, tensor: torch.Tensor) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary:
             return "logits"
-        recomputing = self._phase == "backward" and torch.is_grad_enabled()
+        in_autograd = torch._C._current_graph_task_id() != -1  # not in what an engine does after it
+        recomputing = self._phase == "backward" and torch.is_grad_enabled() and in_autograd
         return "activations" if self._phase == "forward" or recomputing else "other"
 
     def _learn_vocabulary(self, width: int) -> None:

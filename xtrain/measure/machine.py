@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from xtrain.contract import Counter
+from xtrain.measure import cgroup
 
 if TYPE_CHECKING:
     from xtrain.contract import JSON
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 RECORDED_PACKAGES = ("xtrain", "torch", "numpy", "deepspeed", "transformers")
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
-_CGROUPS = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -101,31 +101,17 @@ def reset_peak_resident() -> bool:
 def host_room_bytes() -> int:
     """What this process can still take of the host: free memory, or less under a limit of its own.
 
-    Limits are those of the process (RLIMIT_AS, which counts addresses) and of its cgroup.
+    Limits are those of the process (RLIMIT_AS, which counts addresses) and of its control groups, whose other
+    processes have a share of theirs.
     """
     own = psutil.Process().memory_info()
     rooms = [psutil.virtual_memory().available]
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:
         rooms.append(addresses - own.vms)
-    if (limit := _cgroup_limit()) is not None:
-        rooms.append(limit - own.rss)
+    if (room := cgroup.room_bytes()) is not None:
+        rooms.append(room)
     return max(0, min(rooms))
-
-
-def _cgroup_limit() -> int | None:
-    """Of the second version's files, the least on the way up; None where there is none."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-    except OSError:
-        return None
-    here = _CGROUPS / path
-    limits = []
-    for folder in (here, *here.parents):
-        if folder.is_relative_to(_CGROUPS) and (folder / "memory.max").is_file():
-            text = (folder / "memory.max").read_text().strip()
-            limits += [int(text)] if text.isdecimal() else []
-    return min(limits, default=None)
 
 
 def _linux_status() -> dict[str, int] | None:

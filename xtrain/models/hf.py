@@ -49,6 +49,7 @@ class HuggingFaceSource:
         weights = "a checkpoint's" if resumed else "stored" if self.has_weights else "initial"
         self.transformers = _library(self.path)
         self.notes: list[str] = []
+        self.outline: nn.Module | str | None = None
         with self._trying("used"):
             self.config = self._read_config()
             self.text = self.config.get_text_config()
@@ -104,6 +105,7 @@ class HuggingFaceSource:
         """As an engine is to have it, once it is seen to be a causal model."""
         from xtrain.models.anatomy import is_causal
         from xtrain.models.hf_activations import NOTE, fuse_activations
+        from xtrain.models.outline import outline
 
         if not is_causal(model):
             raise RequestError(
@@ -116,7 +118,9 @@ class HuggingFaceSource:
         self._note_padding(model)
         self._note_blocks(model)
         self.config_elsewhere.architectures = [type(model).__name__]
-        return self._adapted(model).train()
+        adapted = self._adapted(model).train()
+        self.outline = outline(adapted)
+        return adapted
 
     def skeleton(self) -> nn.Module:
         """As `build` makes it of shapes alone: a head that is an nn.Linear is taken to be understood."""

@@ -53,6 +53,10 @@ class StoredStart:
     def files(self) -> Mapping[str, bytes]:
         return self.source.files
 
+    @property
+    def outline(self) -> nn.Module | str | None:
+        return self.source.outline
+
     def build(self) -> nn.Module:
         return self._loaded(self.source.build())
 

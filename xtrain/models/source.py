@@ -51,6 +51,11 @@ class NotedSource(ModelSource, Protocol):
         """By name, what its library wants beside the weights; after `build`."""
         ...
 
+    @property
+    def outline(self) -> nn.Module | str | None:
+        """Of the model that was built, or why there is none; None before `build`, and of built-in models."""
+        ...
+
 
 def model_source(spec: Spec, data_vocab_size: int, resumed: bool = False) -> NotedSource:
     """What builds the model of `spec`, for data of that many symbols.
@@ -89,6 +94,7 @@ class PresetSource:
     notes = ()
     content_hash = None
     files: Mapping[str, bytes] = MappingProxyType({})
+    outline = None
 
     def __init__(self, spec: Spec, data_vocab_size: int) -> None:
         size = fitted_dimensions(spec, data_vocab_size)
@@ -143,6 +149,7 @@ class FactorySource:
     files: Mapping[str, bytes] = MappingProxyType({})
     shape = None
     content_hash = None
+    outline: nn.Module | str | None = None
 
     def __init__(self, spec: Spec) -> None:
         self.seed = spec.train.seed
@@ -155,6 +162,7 @@ class FactorySource:
 
         from xtrain.host_random import seed_host
         from xtrain.models.adapter import LogitsLoss
+        from xtrain.models.outline import outline
 
         function = _find_factory(self.factory)
         torch.manual_seed(self.seed)
@@ -173,7 +181,9 @@ class FactorySource:
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise RequestError(f"model.factory {self.factory} returned a model with nothing to train in it")
-        return LogitsLoss(model.float(), f"model.factory {self.factory}")
+        adapted = LogitsLoss(model.float(), f"model.factory {self.factory}")
+        self.outline = outline(adapted)
+        return adapted
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2

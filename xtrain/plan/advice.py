@@ -13,11 +13,12 @@ Rules, in the order in which they are asked, each the field's own reason:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xtrain.contract import JSON
 from xtrain.errors import RequestError
+from xtrain.spec.nearest import divisors
 
 STATE_BYTES = 16
 """Per parameter in mixed precision: 2 weights, 2 gradients, 12 master copy and moments (ZeRO paper, 3.1)."""
@@ -143,7 +144,7 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
             [f"{whole}; {over} of {_gb(cluster.device_bytes)}: shard it over the data-parallel ranks"],
         )
     sharded = shape.params * (STATE_BYTES - WORKING_BYTES) / cluster.gpus
-    for degree in _divisors(cluster.gpus // sequence):
+    for degree in divisors(cluster.gpus // sequence):
         working = shape.params * WORKING_BYTES / degree
         if working + sharded + kept / degree <= room:
             tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
@@ -174,7 +175,7 @@ def _split(degree: int, shape: Shape, of_a_node: int) -> tuple[int, int]:
     Within `of_a_node`, the GPUs of a node that are left.
     """
     widest = min(of_a_node, max(1, shape.hidden // WIDTH_PER_RANK))
-    tensor = max(d for d in _divisors(degree) if d <= widest)
+    tensor = max(d for d in divisors(degree) if d <= widest)
     return tensor, degree // tensor
 
 
@@ -204,11 +205,6 @@ def _figures(
             f"{_gb(8 * shape.layer_bytes / sequence)} (query, key, value, output; both ways)"
         )
     return figures
-
-
-def _divisors(number: int) -> Iterator[int]:
-    """Ascending."""
-    return (d for d in range(1, number + 1) if number % d == 0)
 
 
 def _gb(count: float) -> str:

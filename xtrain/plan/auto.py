@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtrain.contract import Backend
-from xtrain.models.presets import dimensions
-from xtrain.plan import gpt2
+from xtrain.errors import RequestError
 from xtrain.plan.ladder import STATE_ON_HOST, with_memory, with_micro
 from xtrain.plan.layout import DEVICE, HOST, Layout, Planned, peaks
-from xtrain.plan.model import Widths
+from xtrain.plan.models import Sized, planned_model
 from xtrain.plan.step import Step
 from xtrain.spec.check import check_spec
+from xtrain.spec.nearest import divisors
 from xtrain.spec.tree import MemorySection, Spec
+
+USABLE = 0.9
+"""Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Rung:
     spec: Spec
 
 
-def rungs(spec: Spec, world: int, backend: Backend) -> list[Rung]:
-    """Of a spec with `memory: auto`: each with what those before it have, as far as `backend` does it."""
+def rungs(spec: Spec, world: int, backend: Backend, device: str | None = None) -> list[Rung]:
+    """Of a spec with `memory: auto`: each with what those before it have, as far as `backend` does it.
+
+    `device` is what it computes on, where that is not what the backend's name says.
+    """
     own = spec.model_copy(update={"memory": MemorySection()})
     found = [Rung("the spec as it is", own)]
     found += [Rung(f"batch.micro {micro}", with_micro(own, micro)) for micro in _parts(own)]
@@ -34,7 +40,7 @@ def rungs(spec: Spec, world: int, backend: Backend) -> list[Rung]:
         last = found[-1].spec
         changed = [with_memory(last, **way) for way in ways]
         possible = (one for one in changed if not _refused(one, world, backend))
-        if (lower := next(possible, None)) is not None and _helps(lower, last, world, backend):
+        if (lower := next(possible, None)) is not None and _helps(lower, last, world, backend, device):
             found.append(Rung(name, lower))
     return found
 
@@ -43,7 +49,7 @@ def _parts(spec: Spec) -> Iterator[int]:
     """Smaller micro-batches: each the largest that is at most half of the one before and divides it."""
     micro = spec.micro_batch
     while micro > 1:
-        micro = next(part for part in range(micro // 2, 0, -1) if micro % part == 0)
+        micro = max(part for part in divisors(micro) if part <= micro // 2)
         yield micro
 
 
@@ -65,13 +71,13 @@ def _refused(spec: Spec, world: int, backend: Backend) -> bool:
     return bool(check_spec(spec, world, here=False) or backend.problems(spec, world))
 
 
-def _helps(lower: Spec, before: Spec, world: int, backend: object) -> bool:
+def _helps(lower: Spec, before: Spec, world: int, backend: object, device: str | None) -> bool:
     """False where the technique moves nothing: the host has nowhere to offload to."""
     assert isinstance(lower.memory, MemorySection)
     assert isinstance(before.memory, MemorySection)
     if not isinstance(backend, Planned) or lower.memory.checkpointing != before.memory.checkpointing:
         return True
-    place = device_name(backend)
+    place = device or device_name(backend)
     return backend.layout(lower, world, place) != backend.layout(before, world, place)
 
 
@@ -80,13 +86,22 @@ def device_name(backend: Planned) -> str:
     return HOST if backend.name == HOST else DEVICE
 
 
-def predicted_bytes(spec: Spec, world: int, backend: object) -> int | None:
-    """Of the device at its peak; None where only the model itself could tell."""
-    if spec.model.preset is None or spec.model.dropout > 0 or not isinstance(backend, Planned):
-        return None
+def sized(spec: Spec, backend: object) -> Sized | str:
+    """What a micro-batch leaves in the model of `spec`, or why only a run could tell."""
+    if not isinstance(backend, Planned):
+        return f"backend {getattr(backend, 'name', '')} does not say how it lays out memory"
+    try:
+        model = planned_model(spec, device_name(backend)).bytes
+        model(spec)  # where it cannot be traced, that is said here
+        return model
+    except RequestError as error:
+        return str(error)
+
+
+def predicted_bytes(spec: Spec, world: int, backend: object, model: Sized) -> int | None:
+    """Of the device at its peak; None where its layout is known only once the model is there."""
+    assert isinstance(backend, Planned)
     layout: Layout | None = backend.layout(spec, world, device_name(backend))
     if layout is None:
         return None
-    tokens = spec.micro_batch * spec.data.seq_len
-    model = gpt2.model_bytes(dimensions(spec), tokens, Widths.of(spec.precision))
-    return peaks(Step(spec, model, spec.accumulation(world)), layout)[layout.home].total
+    return peaks(Step(spec, model(spec), spec.accumulation(world)), layout)[layout.home].total

@@ -13,14 +13,17 @@ from tabulate import tabulate
 
 from xtrain.errors import RequestError
 from xtrain.plan.advice import Advice, Cluster, Shape, advise
+from xtrain.plan.answer import make_plan
 from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
-from xtrain.plan.ladder import make_plan
+from xtrain.plan.notes import plan_notes
 from xtrain.plan.render import render_plan
 from xtrain.plan.saves import save_notes
 from xtrain.plan.subject import subject_of
 from xtrain.spec import load_spec
 
-DIVISORS = {"GB": 1e9, "GiB": float(1 << 30), "x": 1.0}
+DIVISORS = {"GB": 1e9, "GiB": float(1 << 30)}
+MOST = 1e18
+"""Of parameters, or of a device's bytes: far beyond what there is, and no figure becomes infinite."""
 UNITS = {
     "GB": 1e9,
     "GIB": float(1 << 30),
@@ -44,14 +47,13 @@ def answer_spec(
     spec = load_spec(path, overrides, world)
     processes = world or spec.launch.processes
     named = subject_of(spec, processes, backend, device_bytes)
-    plan = make_plan(named.subject, named.model)
+    plan = make_plan(named.subject, named.model, named.auto, [*plan_notes(spec)])
     plan = replace(plan, notes=(*plan.notes, *save_notes(spec, plan.parameters, processes)))
     return json.dumps(plan.as_json(), indent=2) if as_json else render_plan(plan, processes, named.backend)
 
 
 def answer(
     formula: str | None,
-    wants_advice: bool,
     as_json: bool,
     *,
     params: float,
@@ -65,11 +67,11 @@ def answer(
     heads: int,
     bytes_: str,
 ) -> str:
-    """Raises RequestError for a question that is none."""
-    if (formula is None) is not wants_advice:
-        raise RequestError("xtrain plan: expected a SPEC, --formula NAME or --advise")
-    if not 0 < params < float("inf"):
-        raise RequestError(f"--params: found {params:g}, expected a number above 0, such as 7e9")
+    """Of a formula, or without one the advice; RequestError for a question that is none."""
+    if not 0 < params <= MOST:
+        raise RequestError(
+            f"--params: found {params:g}, expected a number above 0 and up to {MOST:g}, such as 7e9"
+        )
     found: Advice | Estimate
     if formula is None:
         cluster = Cluster(nodes, gpus, parse_bytes(device_memory))
@@ -93,9 +95,10 @@ def _formula(name: str) -> Callable[[Sizes], Estimate]:
 def parse_bytes(text: str) -> float:
     """ "24GiB" -> 24 x 2^30."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    found = float(match[1]) * UNITS.get(match[2].upper(), 0.0) if match else 0.0
+    if not 0 < found <= MOST:
         raise RequestError(f"--device-memory: found {text!r}, expected a size such as 24GiB or 80GB")
-    return float(match[1]) * UNITS[match[2].upper()]
+    return found
 
 
 def render_estimate(found: Estimate) -> str:
@@ -105,8 +108,7 @@ def render_estimate(found: Estimate) -> str:
     table = tabulate(
         rows, headers=["", *found.columns], tablefmt="simple", disable_numparse=True, stralign="right"
     )
-    unit = "" if found.unit == "x" else f", {found.unit}"
-    return "\n".join([f"{found.title}{unit}", "", table, "", *(f"- {note}" for note in found.notes)])
+    return "\n".join([f"{found.title}, {found.unit}", "", table, "", *(f"- {note}" for note in found.notes)])
 
 
 def render_advice(found: Advice) -> str:

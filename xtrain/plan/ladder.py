@@ -1,20 +1,20 @@
-"""What `xtrain plan SPEC` answers: the peak, the ladder of techniques, ZeRO's stages, what fits."""
+"""Variations of a spec, one technique after the other, and the peak of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from xtrain.contract import JSON, MEMORY_CATEGORIES
 from xtrain.errors import RequestError
 from xtrain.plan.layout import HOST, Height, Layout, peaks
-from xtrain.plan.model import ModelBytes
+from xtrain.plan.models import Sized
 from xtrain.plan.step import Step
+from xtrain.spec.nearest import divisors
 from xtrain.spec.tree import Manual, MemorySection, Precision, Spec
 
-SENT = {"none": 2, "optimizer": 2, "gradients": 2, "parameters": 3}
-"""Numbers sent per parameter, process and step, by memory.sharding (Rajbhandari et al. 2020, section 7)."""
+STAGES = ("none", "optimizer", "gradients", "parameters")
+"""Of memory.sharding, each including those before it."""
 STATE_ON_HOST = {"optimizer": "cpu", "gradients": "cpu"}
 
 
@@ -28,6 +28,8 @@ class Rung:
     """The place of the device that has the head."""
     fits: bool | None
     """None where no device memory was given."""
+    sent_bytes: int
+    """By each process, in one step."""
 
     @property
     def peak(self) -> Height:
@@ -40,8 +42,8 @@ class Subject:
 
     spec: Spec
     world: int
-    model: Callable[[Spec], ModelBytes]
-    """One micro-batch of a spec."""
+    model: Sized
+    """Its bytes for one micro-batch."""
     layout: Callable[[Spec], Layout]
     """RequestError where there is none."""
     device_bytes: float | None
@@ -50,73 +52,19 @@ class Subject:
     def rung(self, name: str, spec: Spec) -> Rung:
         """RequestError where `spec` cannot be laid out."""
         layout = self.layout(spec)
-        found = peaks(self.step(spec), layout)
+        step = self.step(spec)
+        found = peaks(step, layout)
         devices = [height for place, height in found.items() if place == layout.home or place != HOST]
         limit = self.device_bytes
         fits = None if limit is None else all(height.total <= limit for height in devices)
-        return Rung(name, found, layout.home, fits)
+        return Rung(name, found, layout.home, fits, layout.sent_bytes(step))
 
     def step(self, spec: Spec) -> Step:
         return Step(spec, self.model(spec), spec.accumulation(self.world))
 
 
-@dataclass(frozen=True)
-class Plan:
-    model: str
-    parameters: int
-    accumulation: int
-    own: Rung
-    """Of the spec as it is."""
-    rest: Mapping[str, int]
-    """Of its home between steps, by category."""
-    rungs: Sequence[Rung]
-    stages: Sequence[Rung]
-    sent_bytes: Mapping[str, int]
-    """Per process and step, by stage; 0 with one process."""
-    largest_micro: int | None
-    """Sequences; None where no device memory was given, 0 where not even one fits."""
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    def as_json(self) -> dict[str, JSON]:
-        own = self.own
-        return {
-            "model": self.model,
-            "parameters": self.parameters,
-            "accumulation": self.accumulation,
-            "peak_at": own.peak.name,
-            "peak_bytes": whole(own.peak.bytes),
-            "places": {place: whole(height.bytes) for place, height in own.places.items()},
-            "rest_bytes": whole(self.rest),
-            "fits": own.fits,
-            "ladder": [_rung_json(rung) for rung in self.rungs],
-            "sharding": [_rung_json(rung) for rung in self.stages],
-            "sent_bytes": self.sent_bytes,
-            "largest_micro": self.largest_micro,
-            "allocator_slack_bytes": None,
-            "notes": list(self.notes),
-        }
-
-
-def make_plan(subject: Subject, model: str, notes: Sequence[str] = ()) -> Plan:
-    """Raises RequestError where the spec itself cannot be laid out."""
-    spec, step = subject.spec, subject.step(subject.spec)
-    weights = step.model.parameters * step.widths.weight
-    several = subject.world > 1
-    return Plan(
-        model,
-        step.model.parameters,
-        step.accumulation,
-        subject.rung("", spec),
-        subject.layout(spec).held(step, step.rest())[subject.layout(spec).home],
-        list(_possible(subject, _ladder(spec, subject.world))),
-        list(_possible(subject, _stages(spec))) if several else [],
-        {name: SENT[name] * weights for name in SENT} if several else dict.fromkeys(SENT, 0),
-        None if subject.device_bytes is None else _largest_micro(subject),
-        notes,
-    )
-
-
-def _possible(subject: Subject, named: Iterator[tuple[str, Spec]]) -> Iterator[Rung]:
+def possible(subject: Subject, named: Iterable[tuple[str, Spec]]) -> Iterator[Rung]:
+    """Those that the backend can lay out."""
     for name, spec in named:
         try:
             yield subject.rung(name, spec)
@@ -124,7 +72,7 @@ def _possible(subject: Subject, named: Iterator[tuple[str, Spec]]) -> Iterator[R
             continue  # not on this backend
 
 
-def _ladder(spec: Spec, world: int) -> Iterator[tuple[str, Spec]]:
+def ladder(spec: Spec, world: int) -> Iterator[tuple[str, Spec]]:
     """The documents' order, each rung with those before it."""
     whole_batch = max(1, spec.batch.global_ // world)
     changed = {"precision": Precision(), "memory": MemorySection(), "manual": None}
@@ -149,8 +97,8 @@ def _ladder(spec: Spec, world: int) -> Iterator[tuple[str, Spec]]:
     yield "+ half of the layers on the host", offloaded.model_copy(update={"manual": halved})
 
 
-def _stages(spec: Spec) -> Iterator[tuple[str, Spec]]:
-    return ((stage, with_memory(spec, sharding=stage)) for stage in SENT)
+def stages(spec: Spec) -> Iterator[tuple[str, Spec]]:
+    return ((stage, with_memory(spec, sharding=stage)) for stage in STAGES)
 
 
 def with_micro(spec: Spec, micro: int) -> Spec:
@@ -164,26 +112,8 @@ def with_memory(spec: Spec, **changes: Any) -> Spec:
     return spec.model_copy(update={"memory": changed})
 
 
-def _largest_micro(subject: Subject) -> int:
+def largest_micro(subject: Subject) -> int:
     """Of the micro-batches that divide a process's share of the global batch, the largest that fits."""
     share = subject.spec.batch.global_ // subject.world
-    divisors = (micro for micro in range(share, 0, -1) if share % micro == 0)
-    return next(
-        (micro for micro in divisors if subject.rung("", with_micro(subject.spec, micro)).fits),
-        0,
-    )
-
-
-def _rung_json(rung: Rung) -> dict[str, JSON]:
-    return {
-        "name": rung.name,
-        "peak_at": rung.peak.name,
-        "peak_bytes": whole(rung.peak.bytes),
-        "total_bytes": int(rung.peak.total),
-        "places": {place: int(height.total) for place, height in rung.places.items()},
-        "fits": rung.fits,
-    }
-
-
-def whole(found: Mapping[str, int]) -> dict[str, JSON]:
-    return {name: int(found.get(name, 0)) for name in MEMORY_CATEGORIES}
+    falling = reversed(divisors(share))
+    return next((micro for micro in falling if subject.rung("", with_micro(subject.spec, micro)).fits), 0)

@@ -32,6 +32,10 @@ class Layout(Protocol):
         """By place: the training state, and what the pass holds at `moment`."""
         ...
 
+    def sent_bytes(self, step: Step) -> int:
+        """What one process sends to others in a step, collectives being rings; 0 where it has no others."""
+        ...
+
 
 @runtime_checkable
 class Planned(Protocol):

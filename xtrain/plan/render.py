@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from xtrain.contract import MEMORY_CATEGORIES
-from xtrain.plan.ladder import Plan, Rung
+from xtrain.plan.answer import NO_SLACK, Plan, first_fit
+from xtrain.plan.auto import USABLE
+from xtrain.plan.ladder import Rung
 from xtrain.records.summary import format_bytes, plural
 
 SLACK = (
-    "Bytes of live tensors. On top come the allocator's slack, which is not known beforehand (a run measures "
-    "it: reserved less live), kernels' workspace and the runtime."
+    "Bytes of live tensors. On top come kernels' workspace, the runtime and the allocator's slack, which is "
+    f"not predicted: {NO_SLACK}."
 )
 
 
@@ -26,6 +28,8 @@ def render_plan(plan: Plan, world: int, backend: str) -> str:
         "The ladder: each rung with those above it.",
         table(_rungs(plan.rungs), ["", "peak", "at", "on the host", ""]),
     ]
+    if plan.auto:
+        parts += [AUTO, table(_rungs(plan.auto), ["memory: auto", "peak", "at", "on the host", ""])]
     if plan.stages:
         parts += ["Sharded over the processes, per process.", table(_stages(plan), STAGE_HEADERS)]
     if plan.largest_micro is not None:
@@ -33,6 +37,10 @@ def render_plan(plan: Plan, world: int, backend: str) -> str:
     return "\n\n".join([*parts, *plan.notes, SLACK])
 
 
+AUTO = (
+    f"In this order a run tries the techniques, and begins with the first that takes at most {USABLE:.0%} of "
+    "its device; with the last where none does."
+)
 STAGE_HEADERS = ["memory.sharding", "peak", "at", "", "sent per step"]
 
 
@@ -53,7 +61,7 @@ def _place(plan: Plan, place: str) -> str:
 
 def _rungs(rungs: Sequence[Rung]) -> list[tuple[str, ...]]:
     """The first that fits is marked."""
-    first = next((rung for rung in rungs if rung.fits), None)
+    first = first_fit(rungs)
     return [
         (
             rung.name,
@@ -84,7 +92,7 @@ def _stages(plan: Plan) -> list[tuple[str, ...]]:
             format_bytes(rung.peak.total),
             rung.peak.name,
             _verdict(rung, False),
-            format_bytes(plan.sent_bytes[rung.name]),
+            format_bytes(rung.sent_bytes),
         )
         for rung in plan.stages
     ]

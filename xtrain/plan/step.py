@@ -16,7 +16,7 @@ from typing import Literal
 from xtrain.models.loss_chunk import chunk_tokens
 from xtrain.models.presets import Dimensions, dimensions
 from xtrain.plan import gpt2
-from xtrain.plan.model import FP32, ModelBytes, Widths
+from xtrain.plan.model import FP32, ModelBytes
 from xtrain.spec.tree import AdamW, Checkpointing, MemorySection, Spec
 from xtrain.techniques.checkpointing import groups
 
@@ -178,8 +178,6 @@ class Scope:
     """Made again by the backward pass."""
 
 
-def preset_step(spec: Spec, accumulation: int, size: Dimensions | None = None) -> Step:
+def preset_step(spec: Spec, accumulation: int, size: Dimensions | None = None, on_host: bool = True) -> Step:
     """The step of a built-in model; `size` where the data decides about the vocabulary."""
-    widths = Widths.of(spec.precision)
-    tokens = spec.micro_batch * spec.data.seq_len
-    return Step(spec, gpt2.model_bytes(size or dimensions(spec), tokens, widths), accumulation)
+    return Step(spec, gpt2.spec_bytes(spec, size or dimensions(spec), on_host), accumulation)

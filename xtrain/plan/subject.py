@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from xtrain import registry
 from xtrain.errors import BackendError, RequestError
-from xtrain.models.presets import dimensions
-from xtrain.plan import gpt2
-from xtrain.plan.ladder import Subject
+from xtrain.plan.auto import USABLE, rungs
+from xtrain.plan.ladder import Rung, Subject, possible
 from xtrain.plan.layout import DEVICE, HOST, Layout, Planned
-from xtrain.plan.model import ModelBytes, Widths
+from xtrain.plan.models import planned_model
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 
@@ -23,15 +22,19 @@ class Named:
     subject: Subject
     model: str
     backend: str
+    auto: Sequence[Rung]
+    """What `memory: auto` would try, in that order; empty without it."""
 
 
 def subject_of(spec: Spec, world: int, backend: str | None, device_bytes: float | None) -> Named:
     """RequestError where no backend plans that spec, or the one that is named does not."""
     planned = _named(backend) if backend else _first(spec, world)
     device = HOST if planned.name == HOST and backend else DEVICE
-    description, model = _model(spec)
-    subject = Subject(spec, world, model, _layouts(planned, world, device), device_bytes)
-    return Named(subject, description, planned.name if backend or world > 1 else "one device")
+    model = planned_model(spec, device)
+    subject = Subject(spec, world, model.bytes, _layouts(planned, world, device), device_bytes)
+    auto = _auto(subject, planned, device) if spec.memory == "auto" else []
+    name = planned.name if backend or world > 1 else "one device"
+    return Named(subject, model.description, name, auto)
 
 
 def _named(name: str) -> Planned:
@@ -86,18 +89,9 @@ def _layouts(planned: Planned, world: int, device: str) -> Callable[[Spec], Layo
     return layout
 
 
-def _model(spec: Spec) -> tuple[str, Callable[[Spec], ModelBytes]]:
-    """What it is called, and its bytes for one micro-batch of a variation of `spec`."""
-    if spec.model.preset is not None:
-        size = dimensions(spec)
-        name = f"{spec.model.preset}, {size.layers} layers x {size.hidden}, vocabulary {size.vocab_size:,}"
-
-        def counted(changed: Spec) -> ModelBytes:
-            tokens = changed.micro_batch * changed.data.seq_len
-            return gpt2.model_bytes(size, tokens, Widths.of(changed.precision))
-
-        return name, counted
-    from xtrain.plan.traced import Tracer
-
-    tracer = Tracer(spec)
-    return tracer.description, tracer
+def _auto(subject: Subject, planned: Planned, device: str) -> list[Rung]:
+    """What `memory: auto` would try, held against the part of a device that it fills."""
+    backend, room = registry.load(planned.name), subject.device_bytes
+    usable = replace(subject, device_bytes=None if room is None else USABLE * room)
+    tried = rungs(subject.spec, subject.world, backend, device)
+    return list(possible(usable, [(rung.name, rung.spec) for rung in tried]))

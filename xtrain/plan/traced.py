@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xtrain.errors import RequestError, XtrainError, described
+from xtrain.host_random import host_random_state, restore_host_random
 from xtrain.models.adapter import HeadLoss
 from xtrain.models.blocks import find_blocks
 from xtrain.models.source import without_numbers
@@ -31,15 +32,23 @@ DTYPES = {FP32: torch.float32, 2: torch.bfloat16}
 
 
 class Tracer:
-    """Traces the model of a spec, once for each size of micro-batch and precision."""
+    """Traces the model of a spec, once for each size of micro-batch and precision.
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+    `model` is the tracer's own: its tensors are replaced by fake ones. RequestError where that does not work.
+    """
+
+    def __init__(self, spec: Spec, model: nn.Module, description: str = "") -> None:
+        self.spec, self.model, self.description = spec, model.train(), description
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.device("meta"), _told(spec):
-            self.model, self.description = without_numbers(spec)
-        self.blocks = find_blocks(self.model, spec.model.blocks, "xtrain plan")
+        self.blocks = find_blocks(model, spec.model.blocks, "xtrain plan")
         self.measured = lru_cache(maxsize=None)(self._measure)
+
+    @classmethod
+    def of(cls, spec: Spec) -> Tracer:
+        """With the model made anew, without numbers."""
+        with torch.device("meta"), _told(spec):
+            model, description = without_numbers(spec)
+        return cls(spec, model, description)
 
     def __call__(self, changed: Spec) -> ModelBytes:
         """For one micro-batch of a variation of the spec."""
@@ -47,12 +56,12 @@ class Tracer:
         return self.measured(changed.micro_batch, changed.data.seq_len, widths)
 
     def _measure(self, sequences: int, seq_len: int, widths: Widths) -> ModelBytes:
-        with self.mode, _told(self.spec), _nothing_packed():
+        with self.mode, _told(self.spec), _nothing_packed(), _nothing_drawn():
             _make_fake(self.model, DTYPES[widths.weight])
             kept = Kept(self.model, self.blocks)
             with kept.watched(), torch.autocast("cpu", torch.bfloat16) if widths.autocast else nullcontext():
                 hidden, head = self._hidden(torch.zeros(sequences, seq_len, dtype=torch.int64))
-        return self._model_bytes(kept, sequences * seq_len, widths, hidden, head)
+            return self._model_bytes(kept, sequences * seq_len, widths, hidden, head)
 
     def _hidden(self, tokens: torch.Tensor) -> tuple[int, nn.Module | None]:
         """The width of what the head is given, and the head where the loss is taken in it by chunks."""
@@ -201,6 +210,15 @@ def _nothing_packed() -> Iterator[None]:
         yield
     finally:
         masking.find_packed_sequence_indices = find
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Whatever a model draws in between, for dropped layers say, a training draws the same numbers after."""
+    state = host_random_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    restore_host_random(state)
 
 
 @contextmanager
