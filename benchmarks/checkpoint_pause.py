@@ -200,12 +200,12 @@ def main() -> None:
         return
     rows = [run_lane(lane, options.saves) for lane in options.lanes.split(",")]
     print(table(rows))
+    date = datetime.now(UTC).date().isoformat()
+    report = {"date": date, "saves": options.saves, "environment": environment(), "lanes": rows}
     if options.page:
         options.page.write_text(with_table(options.page.read_text(), table(rows)))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        date = datetime.now(UTC).date().isoformat()
-        report = {"date": date, "saves": options.saves, "environment": environment(), "lanes": rows}
         (options.out / f"checkpoint-pause-{date}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
