@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-VOCABULARY, WIDTH, LAYERS = 257, 128, 6
+VOCABULARY, WIDTH, LAYERS = 257, 128, 4
 
 
 class Thorough(nn.Module):

@@ -73,7 +73,7 @@ def peak_bytes(ledger: Ledger) -> int:
 
 
 class AliveBytes(TorchDispatchMode):
-    """The most bytes in the host's memory at one time, looked at before and after each operation."""
+    """The most bytes in the host's memory at one time, looked at after each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,18 +81,17 @@ class AliveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.look((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        self.look(result)
+        self.look((args, kwargs, result))
         return result
 
     def look(self, values: Any) -> None:
         for tensor in tree_leaves(values):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self.storages[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
-        alive = {key: storage() for key, storage in self.storages.items()}
-        self.storages = {key: self.storages[key] for key, storage in alive.items() if storage is not None}
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values() if storage is not None))
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        alive = [one for seen in self.storages.values() if (one := seen()) is not None]
+        self.peak = max(self.peak, sum(one.nbytes() for one in alive))
 
 
 def construct(spec: Spec, job: Job) -> dict[str, Any]:

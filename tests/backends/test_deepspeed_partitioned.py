@@ -27,7 +27,7 @@ LARGEST_BYTES = 4 * dimensions(make_spec()).hidden ** 2 * FP32_BYTES
 
 def write_models(folder: Path) -> None:
     """A Llama's config, the same with weights, also under names the library alone knows, and a preset's."""
-    llama = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    llama = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     for name in ("llama", "stored", "renamed"):
         write_config(folder / name, "llama", **llama)
     llama_source = model_source(make_spec(model={"hf": str(folder / "llama")}), VOCABULARY)

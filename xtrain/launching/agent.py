@@ -29,7 +29,7 @@ from xtrain.request import Hosts
 AGENT_ENDING = "agent.json"
 STOPPING = "stopping"
 """Left by the launcher when it was told to end the run: then nobody is started again."""
-LOST = "{} does not answer: the host that all others meet at is lost"
+LOST = "{} does not answer: the host that all others meet at is lost, or out of reach from here"
 ANSWER_SECONDS = 5.0
 LINGER_SECONDS = 8.0
 DEFAULTS = "PET_"
