@@ -28,11 +28,18 @@ def test_every_rung_stands_beside_its_claim_as_a_share_of_the_first() -> None:
     table = tables(comparison)[0]
     assert table.title == "The ladder, claimed for GPT-2 Large and measured here"
     assert table.rows == [
-        ["a", "plain fp32", "12 GB", "300.0 MiB (100%)", "100%", "100%"],
-        ["a", "+ mixed precision", "6 GB (-50%)", "160.0 MiB (53%)", "115%", "80%"],
-        ["a", "+ gradient accumulation", "6 GB", "not measured", "110%", "not measured"],
+        ["a", "plain fp32", "fp32, batch.micro 8", "12 GB", "300.0 MiB (100%)", "100%", "100%"],
+        ["a", "+ mixed precision", "fp32, batch.micro 8", "6 GB (-50%)", "160.0 MiB (53%)", "115%", "80%"],
+        ["a", "+ gradient accumulation", "", "6 GB", "not measured", "110%", "not measured"],
     ]
     assert "out of memory" in render_terminal(comparison)
+
+
+def test_a_rung_that_moved_nothing_is_told_from_one_that_saved_as_much() -> None:
+    lanes = [lane("a 0"), lane("a 1"), lane("b 0")]
+    comparison = compared(*(on_rung(one, int(one.name[2]), one.name[0]) for one in lanes))
+    measured = [row[4] for row in tables(comparison)[0].rows]
+    assert measured == ["300.0 MiB (100%)", "300.0 MiB (100%), as above", "300.0 MiB (100%)"]
 
 
 def test_shares_are_of_the_same_backend_and_unknown_where_its_first_rung_failed() -> None:

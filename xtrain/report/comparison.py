@@ -101,6 +101,8 @@ class Rung(Part):
     name: str
     claimed_memory: str
     claimed_speed: str
+    set_to: str = ""
+    """Precision and sequences per pass that it had here; empty where it did not finish."""
     memory_bytes: Natural | None
     memory_share: float | None
     speed_share: float | None

@@ -24,10 +24,17 @@ def _rung(place: LadderPlace, figures: Figures | None, plain: Figures | None) ->
         name=claimed.name,
         claimed_memory=claimed.memory,
         claimed_speed=claimed.speed,
+        set_to=_set_to(figures) if figures else "",
         memory_bytes=bytes_,
         memory_share=bytes_ / plain_bytes if bytes_ and plain_bytes else None,
         speed_share=rate / plain_rate if rate and plain_rate else None,
     )
+
+
+def _set_to(figures: Figures) -> str:
+    batch = figures.spec.get("batch")
+    micro = batch.get("micro") or batch.get("global") if isinstance(batch, dict) else None
+    return f"{figures.precision or 'unknown precision'}, batch.micro {micro}"
 
 
 def _bytes(figures: Figures | None) -> int | None:

@@ -18,7 +18,7 @@ from xtrain.records.summary import (
     format_rate,
 )
 from xtrain.report.agreement import Difference
-from xtrain.report.comparison import Comparison, Figures
+from xtrain.report.comparison import Comparison, Figures, Rung
 from xtrain.report.unlike import chosen_differences, shown
 
 Lanes = Sequence[tuple[str, Figures]]
@@ -97,19 +97,36 @@ def _versions(lanes: Lanes) -> dict[str, list[str]]:
 
 
 def _ladder(comparison: Comparison) -> Table:
-    headers = ["lane", "rung", "memory, claimed", "memory, measured", "speed, claimed", "speed, measured"]
+    headers = [
+        "lane",
+        "rung",
+        "set here",
+        "memory, claimed",
+        "memory, measured",
+        "speed, claimed",
+        "measured",
+    ]
+    before = [None, *comparison.ladder]
     rows = [
         [
             rung.lane,
             rung.name,
+            rung.set_to,
             rung.claimed_memory,
-            f"{format_bytes(rung.memory_bytes)}{_percent(rung.memory_share, ' ({})')}",
+            f"{format_bytes(rung.memory_bytes)}{_percent(rung.memory_share, ' ({})')}{_unmoved(above, rung)}",
             rung.claimed_speed,
             _percent(rung.speed_share, "{}") or NOT_MEASURED,
         ]
-        for rung in comparison.ladder
+        for above, rung in zip(before, comparison.ladder, strict=False)
     ]
     return Table("The ladder, claimed for GPT-2 Large and measured here", headers, rows)
+
+
+def _unmoved(above: Rung | None, rung: Rung) -> str:
+    """Where a technique changed nothing of a lane's memory; the run's notes say why."""
+    if above is None or above.lane != rung.lane or rung.memory_bytes is None:
+        return ""
+    return ", as above" if above.memory_bytes == rung.memory_bytes else ""
 
 
 def _losses(lanes: Lanes, reference: str | None) -> Table:
