@@ -104,6 +104,31 @@ def test_the_first_rung_that_fits_is_taken(tmp_path: Path) -> None:
     assert fit(spec, 1, backend, None, None).rung == ladder[0]
 
 
+def own(tmp_path: Path, function: str) -> Spec:
+    preset = "{preset: gpt2-nano, layers: 2, hidden: 64, heads: 2, positions: 64}"
+    (tmp_path / "spec.yaml").write_text(
+        SPEC.replace(preset, f"{{factory: 'tests.plan.test_traced:{function}'}}")
+    )
+    return load_spec(tmp_path / "spec.yaml", ("data.seq_len=256",))
+
+
+def test_a_model_of_one_s_own_is_traced_to_find_the_first_rung_that_fits(tmp_path: Path) -> None:
+    spec, backend = own(tmp_path, "build"), registry.load("cpu")
+    ladder = rungs(spec, 1, backend)
+    first, second = (needed_bytes(rung.spec, "cpu") for rung in ladder[:2])
+    assert first is not None
+    assert second is not None
+    assert second < first
+    assert fit(spec, 1, backend, int(second / 0.9) + 1, None).rung == ladder[1]
+
+
+def test_a_model_that_cannot_be_traced_begins_with_the_first_rung_and_why_is_told(tmp_path: Path) -> None:
+    fitted = fit(own(tmp_path, "build_by_numbers"), 1, registry.load("cpu"), 1, None)
+    assert fitted.rung.name == "the spec as it is"
+    assert "what it needs is known only once it runs: " in fitted.reason
+    assert "cannot be made without numbers" in fitted.reason
+
+
 def test_a_rung_that_was_too_much_is_not_tried_again_nor_those_above_it(tmp_path: Path) -> None:
     spec, backend = spec_of(tmp_path), registry.load("cuda")
     add_failure(tmp_path, Failure("batch.micro 4", "full", 3))
