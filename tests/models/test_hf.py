@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.families import FAMILIES, VOCABULARY, write_config
+from xtrain.contract import GradualSource
 from xtrain.errors import RequestError
 from xtrain.models.adapter import HeadLoss, LogitsLoss
+from xtrain.models.hf import READ_WHOLE
 from xtrain.models.source import NotedSource, model_source
 from xtrain.spec.tree import Spec
 
@@ -197,8 +200,6 @@ def test_stored_weights_are_loaded_as_fp32(stored: Path) -> None:
 
 
 def without_one(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -386,3 +387,34 @@ def test_code_of_a_model_is_not_run_unless_the_spec_trusts_it(odd: Path) -> None
     )
     with pytest.raises(RequestError, match="could not be found"):
         source_of(odd)
+
+
+# --- weights read one by one -----------------------------------------------------------------------
+
+RENAMED = ("gpt_neox",)
+"""Families whose files have other names than the model: the library translates."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_read_one_by_one_are_those_that_the_library_loads(family: str, tmp_path: Path) -> None:
+    own_model(write_config(tmp_path, family)).bfloat16().save_pretrained(tmp_path)
+    source = source_of(tmp_path)
+    assert isinstance(source, GradualSource)
+    loaded, read = source.build().state_dict(), source.build_gradually().state_dict()
+    assert (READ_WHOLE in source.notes) is (family in RENAMED)
+    assert list(read) == list(loaded)
+    assert all(torch.equal(read[name], loaded[name]) for name in loaded)
+
+
+def test_two_tensors_for_tied_weights_are_left_to_the_library(tmp_path: Path) -> None:
+    own = own_model(write_config(tmp_path, "gemma"))
+    own.save_pretrained(tmp_path)
+    name = tmp_path / "model.safetensors"
+    weights = load_file(name)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
+    save_file({**weights, **head}, name, {"format": "pt"})
+    source = source_of(tmp_path)
+    assert isinstance(source, GradualSource)
+    loaded, read = source.build().state_dict(), source.build_gradually().state_dict()
+    assert READ_WHOLE in source.notes
+    assert all(torch.equal(read[name], loaded[name]) for name in loaded)

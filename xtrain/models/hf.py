@@ -27,7 +27,7 @@ PLACES = ("_name_or_path", "auto_map", "transformers_version")
 """What of a config tells where it came from and who wrote it, not what the model is."""
 READ_WHOLE = (
     "model.hf: each process reads the whole model: weights are read one by one only from a folder that has "
-    "them under the model's own names (save_pretrained writes it so)"
+    "each of them once, under the model's own name for it"
 )
 
 
