@@ -13,14 +13,11 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-HEAVY = ["torch", "xtrain.backends.manual", *(["deepspeed"] if find_spec("deepspeed") else [])]
 
 
 @cache
@@ -29,7 +26,7 @@ def _process() -> type[ForkServerProcess] | type[SpawnProcess]:
 
     if torch.cuda.is_available():
         return SpawnProcess  # what DeepSpeed asks a GPU when it is imported makes it useless to a fork
-    get_context("forkserver").set_forkserver_preload(HEAVY)  # seconds, once
+    get_context("forkserver").set_forkserver_preload(["tests.preloaded"])  # seconds, once
     return ForkServerProcess
 
 

@@ -59,7 +59,16 @@ def run_leg(leg: dict[str, Any], job: Job) -> dict[str, Any]:
         job.rank,
         last_step=start,
     )
-    loop = Loop(engine, data, learning_rate(spec), collector, 7, 0, guards, checkpointer=checkpointer)
+    loop = Loop(
+        engine,
+        data,
+        learning_rate(spec),
+        collector,
+        7,
+        guards=guards,
+        checkpointer=checkpointer,
+        audits=leg.get("audited", False),
+    )
     failure = ""
     try:
         loop.run(start, leg["stop"])

@@ -40,7 +40,7 @@ SHORT: dict[str, Any] = {**SGD, "steps": 6, "schedule": {"name": "cosine", "warm
 KINDS: dict[str, dict[str, Any]] = {
     "sgd": SGD,
     "short": SHORT,
-    "dropout": {**SHORT, "model": {**MODEL, "dropout": 0.1}},
+    "dropout": {**SHORT, "model": {**MODEL, "dropout": 0.1}, "audited": True},
     "bf16": {**SHORT, "precision": "bf16"},
     "bf16-weights": {**SHORT, "precision": {"dtype": "bf16", "weights": "bf16"}},
     "fp16": {**SHORT, "precision": FP16},

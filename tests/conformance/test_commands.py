@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conformance.plain import train
 from tests.jobs import job_environment
 from xtrain.records.metrics import read_metrics
 from xtrain.records.record import load_record
+from xtrain.spec.tree import Spec
 
 pytestmark = pytest.mark.slow
 
@@ -89,12 +91,9 @@ def losses(run_directory: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[float]:
-    """Of one process, by hand."""
-    run(folder, "spec.yaml", "--backend", "cpu", "--out", "cpu")
-    found = losses(folder / "cpu")
-    assert len(found) == 12
-    return found
+def expected() -> list[float]:
+    """Of a plain loop."""
+    return train(Spec.model_validate(SPEC)).losses
 
 
 def agree(found: list[float], expected: list[float]) -> bool:

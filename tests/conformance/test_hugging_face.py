@@ -34,7 +34,8 @@ TRAINED = [
 
 def training(family: str, folder: Path, optimizer: str) -> Training:
     model = {"hf": str(folder / family)}
-    base = Training(f"{family}-{optimizer}", model=model, steps=8, accumulation=2, masked=0.2)
+    name, audited = f"{family}-{optimizer}", family in ON_TWO
+    base = Training(name, model=model, steps=8, accumulation=2, masked=0.2, audited=audited)
     return base if optimizer == "adamw" else replace(base, optimizer=SGD_UNCLIPPED, clip=None)
 
 

@@ -121,6 +121,7 @@ class Runs:
         ]
         for leg in legs:
             leg["spec"] = {**leg["spec"], "checkpoint": {"background": True}}
+            leg["audited"] = training is ADAMW
         return [legs[0] | {"drop_moments": drop_moments}, *legs[1:]]
 
     def round(self, sharding: str) -> list[dict[str, Any]]:

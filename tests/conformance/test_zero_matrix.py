@@ -56,7 +56,7 @@ PRECISIONS: dict[str, Any] = {
 STEPS = 8
 PASSES = 4
 """In all, over the processes: a pass then has two sequences on one process and on two, the same products."""
-SHORT: dict[str, Any] = {"steps": STEPS, "accumulation": PASSES, "audited": False}
+SHORT: dict[str, Any] = {"steps": STEPS, "accumulation": PASSES}
 TRAININGS = {
     "adamw": Training("adamw", ADAMW, **SHORT),
     "sgd": Training("sgd", SGD_UNCLIPPED, clip=None, **SHORT),
@@ -131,9 +131,9 @@ CELLS = [
     for precision in PRECISIONS
     for sharding in SHARDING
     for offload in PLACES.values()
-    if verdict(precision, sharding, offload).startswith("proven")
+    if verdict(precision, sharding, offload).startswith("proven") and (offload or precision != "fp32")
 ]
-"""Everything that the table calls proven."""
+"""All that the table calls proven; test_parity.py has fp32 with nothing offloaded, in 20 updates."""
 OFFLOADED = [cell.lane for cell in CELLS if cell.precision == "fp32" and cell.lane.offload]
 
 

@@ -105,11 +105,18 @@ def run_case(case: dict[str, Any], job: Job, out: Path) -> dict[str, Any]:
     if problems:
         return {"refused": [str(problem) for problem in problems]}
     engine = backend.start(backend.resolve(spec, job.world), source, job)
-    if not case["audited"]:
-        engine.holdings = dict  # type: ignore[method-assign]
     collector = Collector()
     guards = Guards(spec.stability) if spec.stability else None
-    loop = Loop(engine, data, learning_rate(spec), collector, 7, spec.train.eval_every, guards)
+    loop = Loop(
+        engine,
+        data,
+        learning_rate(spec),
+        collector,
+        7,
+        spec.train.eval_every,
+        guards,
+        audits=case["audited"],
+    )
     loop.run(0, spec.train.steps)
     if case["keep_weights"]:
         _keep_weights(engine, job, out / f"{case['name']}.npz")
