@@ -1,10 +1,6 @@
-// What DeepSpeed's operators use of torch/extension.h, which reads torch's whole C++ library:
-// a third of the work at each of their sources. Found before torch's own (tests/conftest.py).
+// What DeepSpeed's operators use of torch/extension.h, which reads all of torch's C++ library.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
+#include <torch/types.h>
 
-namespace torch {
-using namespace at;
-}
+#include <torch/csrc/utils/pybind.h>
