@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -163,13 +164,22 @@ def deepspeed(bench: Bench) -> Iterator[Row]:
 
 
 def pause(bench: Bench) -> Iterator[Row]:
-    part, name = "checkpoint pause", f"{bench.device}, background save"
-    command = ["-m", "benchmarks.checkpoint_pause", "--lanes", bench.device, "--out", str(bench.folder)]
+    part, name, out = "checkpoint pause", f"{bench.device}, background save", bench.folder / "pause"
+    command = [
+        "-m",
+        "benchmarks.checkpoint_pause",
+        "--lanes",
+        bench.device,
+        "--saves",
+        "4",
+        "--out",
+        str(out),
+    ]
 
     def figures(output: str) -> Figures:
-        line = [line for line in output.splitlines() if line.startswith(f"| {bench.device} ")][-1]
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        return {"pause_seconds": float(cells[4]), "torch_save_seconds": float(cells[5])}
+        (path,) = out.glob("*.json")
+        (lane,) = json.loads(path.read_text())["lanes"]
+        return {"pause_seconds": lane["pause_s"], "torch_save_seconds": lane["torch_save_s"]}
 
     yield bench.row(part, name, command, 60, figures)
 

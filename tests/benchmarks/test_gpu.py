@@ -135,15 +135,26 @@ def test_page_has_rows_with_figures_and_rows_with_reasons() -> None:
 
 @pytest.mark.slow
 def test_a_trial_on_the_cpu_trains_the_same_beside_the_plain_loop(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--parts", "speed", "--seconds", "300", "--out", str(tmp_path)]
+    words = [
+        "--device",
+        "cpu",
+        "--parts",
+        "speed",
+        "checkpoint pause",
+        "--seconds",
+        "300",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-*-trial.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [row["outcome"].split(":")[0] for row in rows] == ["left out", "done", "done"]
-    plain, ours = (row["figures"] for row in rows[1:])
+    assert [row["outcome"].split(":")[0] for row in rows] == ["left out", "done", "done", "done"]
+    plain, ours, pause = (row["figures"] for row in rows[1:])
     assert ours["loss_last"] == pytest.approx(plain["loss_last"], rel=1e-3)
     assert ours["speed_share"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"])
+    assert pause["pause_seconds"] > 0
     assert path.with_suffix(".md").exists()
