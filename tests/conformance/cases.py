@@ -125,7 +125,6 @@ TRAININGS = [
     Training("adamw", audited=True),
     Training("sgd", SGD_UNCLIPPED, clip=None),
     Training("sgd-clipped", SGD_CLIPPED, clip=BITING_CLIP),
-    Training("masked", SGD_UNCLIPPED, clip=None, masked=0.3),
 ]
 ONE_UPDATE = [
     Training("one-adamw", steps=1, schedule={"name": "constant"}, keep_weights=True),

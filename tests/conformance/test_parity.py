@@ -28,6 +28,7 @@ from tests.conformance.cases import (
     PLANTED_LOSS,
     PLANTED_NAN,
     PLANTED_SPIKE,
+    SGD_UNCLIPPED,
     SHARDING,
     STEPS,
     TRAININGS,
@@ -63,7 +64,9 @@ LANES = ALONE + TOGETHER
 JOBS = [*([BY_HAND, ZERO] if DEVICES else [ALONE]), TOGETHER]
 """Lanes that share a job. `-k cuda` starts one without DeepSpeed, which could fail or take the time."""
 SKIPPED = [FORCED_OVERFLOWS, PLANTED_NAN, PLANTED_SPIKE, PLANTED_LOSS]
-ACCUMULATIONS = [Training(f"accumulation-{n}", clip=None, masked=0.3, accumulation=n) for n in (1, 2, 4)]
+ACCUMULATIONS = [
+    Training(f"accumulation-{n}", SGD_UNCLIPPED, clip=None, masked=0.3, accumulation=n) for n in (1, 2, 4)
+]
 
 
 def cases_on(lane: Lane) -> list[Case]:
