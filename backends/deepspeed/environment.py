@@ -151,6 +151,8 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
     }
     if job.world == 1 and "RANK" not in os.environ:
         os.environ.update(alone)
+    # As DeepSpeed's launcher says it: stage 3 would start `numactl` at every reduction to count them.
+    os.environ.setdefault("LOCAL_SIZE", str(job.local_world))
     import deepspeed
     from deepspeed.utils import logger
 

@@ -232,3 +232,11 @@ def test_memory_by_category_is_each_ranks_share_to_the_byte(
 @pytest.mark.parametrize("world", WORLDS)
 def test_stage_3_leaves_torchs_linear_alone(world: int, reports: dict[int, dict[str, Any]]) -> None:
     assert reports[world]["linear_untouched"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_deepspeed_knows_how_many_processes_a_host_has(
+    world: int, reports: dict[int, dict[str, Any]]
+) -> None:
+    """Else it starts `numactl` at every reduction of stage 3, and takes NUMA nodes for processes."""
+    assert reports[world]["processes_here"] == world
