@@ -22,6 +22,8 @@ STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage by `memory.sharding`."""
 SMALLEST_BUCKET = 2**22
 """Elements; below it a collective costs its latency, whatever its size."""
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's own, where the model's sizes are not known beforehand."""
 PARAMETER_BUFFERS = 4
 BLOCK = "zero_optimization"
 MODEL = ("model.hidden",)
@@ -90,8 +92,13 @@ def _raised(spec: Spec) -> bool:
     return spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]
 
 
+def bucket_numbers(pieces: Pieces) -> int:
+    """Of reduce_bucket_size and allgather_bucket_size."""
+    return max(pieces.block, SMALLEST_BUCKET)
+
+
 def _buckets(pieces: Pieces) -> Iterator[Setting]:
-    bucket = max(pieces.block, SMALLEST_BUCKET)
+    bucket = bucket_numbers(pieces)
     rule = f"one block's parameters (12 h^2 + 13 h), at least {SMALLEST_BUCKET:,}"
     yield Setting(f"{BLOCK}.reduce_bucket_size", bucket, MODEL, rule)
     yield Setting(f"{BLOCK}.allgather_bucket_size", bucket, MODEL, rule)

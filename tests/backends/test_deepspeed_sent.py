@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.plan_cases import LLAMA
 from tests.backends.sent_worker import make_spec
 from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
-from xtrain.models.presets import BYTES_VOCABULARY, fitted_dimensions
 from xtrain.plan.layout import HOST
-from xtrain.plan.step import preset_step
+from xtrain.plan.models import planned_model
+from xtrain.plan.step import Step
+from xtrain.spec.tree import Spec
 
 USABLE = registry.survey()["deepspeed"]
 WORLD = 2
@@ -31,18 +33,44 @@ CASES: list[tuple[dict[str, Any], float]] = [
 ]
 
 
+def layout_of(spec: Spec) -> Any:
+    backend: Any = registry.load("deepspeed")
+    return backend.layout(spec, WORLD, HOST)
+
+
 def planned(changes: dict[str, Any]) -> int:
-    spec, backend = make_spec(changes), registry.load("deepspeed")
-    layout = backend.layout(spec, WORLD, HOST)  # type: ignore[attr-defined]
-    step = preset_step(spec, spec.accumulation(WORLD), fitted_dimensions(spec, BYTES_VOCABULARY))
-    return int(layout.sent_bytes(step))
+    spec = make_spec(changes)
+    step = Step(spec, planned_model(spec, HOST).bytes(spec), spec.accumulation(WORLD))
+    return int(layout_of(spec).sent_bytes(step))
+
+
+BUCKET = "reduce_bucket_size"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"preset": "gpt2-medium"}},
+        {"deepspeed": {"zero_optimization": {BUCKET: 12_345}}},
+        {"model": {"factory": "tests.plan.test_traced:build"}},
+    ],
+)
+def test_the_planned_bucket_is_the_ds_config_s(changes: dict[str, Any]) -> None:
+    spec = make_spec({"memory": {"sharding": "gradients"}, **changes})
+    settings: Any = registry.load("deepspeed").resolve(spec, WORLD).settings
+    by_default = 500_000_000  # DeepSpeed's
+    assert layout_of(spec).bucket == settings["ds_config"]["zero_optimization"].get(BUCKET, by_default)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not USABLE.usable, reason=USABLE.reason)
 def test_what_each_stage_sends_is_planned(tmp_path: Path) -> None:
     cases, out = tmp_path / "cases.json", tmp_path / "out.json"
-    cases.write_text(json.dumps([changes for changes, _ in CASES]))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    library: dict[str, Any] = {"model": {"hf": str(tmp_path)}, "memory": {"sharding": "parameters"}}
+    all_cases = [*CASES, ({**library, "batch": TWICE}, ABOUT)]
+    cases.write_text(json.dumps([changes for changes, _ in all_cases]))
     run_job(WORLD, "tests.backends.sent_worker", cases, out, **ON_THE_CPU)
-    for (changes, tolerance), found in zip(CASES, json.loads(out.read_text()), strict=True):
+    for (changes, tolerance), found in zip(all_cases, json.loads(out.read_text()), strict=True):
         assert planned(changes) == pytest.approx(sum(found.values()), rel=tolerance), (changes, found)
