@@ -168,7 +168,9 @@ class Partitioned:
             scattered = full if _made(step, moment) + model.block_parameters > full else 0
         else:
             live, scattered = 2 * model.block_parameters + model.widest + model.projection, 0
-        held["parameters"] += width * (model.parameters if self.gathers_all else min(model.parameters, live))
+        if self.world > 1:  # one process has them anyway
+            live = model.parameters if self.gathers_all else min(model.parameters, live)
+            held["parameters"] += width * live
         held["other"] += SCATTERED_COPIES * width * scattered
 
 

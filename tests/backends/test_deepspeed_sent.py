@@ -63,6 +63,15 @@ def test_the_planned_bucket_is_the_ds_config_s(changes: dict[str, Any]) -> None:
     assert layout_of(spec).bucket == settings["ds_config"]["zero_optimization"].get(BUCKET, by_default)
 
 
+def test_one_process_gathers_nothing() -> None:
+    spec, backend = make_spec({"memory": {"sharding": "parameters"}}), registry.load("deepspeed")
+    step = Step(spec, planned_model(spec, HOST).bytes(spec), spec.accumulation(1))
+    layout: Any = backend.layout(spec, 1, HOST)  # type: ignore[attr-defined]
+    weights = step.model.parameters * step.widths.weight
+    assert {layout.held(step, moment)[HOST]["parameters"] for moment in step.moments()} == {weights}
+    assert layout.sent_bytes(step) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not USABLE.usable, reason=USABLE.reason)
 def test_what_each_stage_sends_is_planned(tmp_path: Path) -> None:
