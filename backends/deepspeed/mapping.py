@@ -106,6 +106,9 @@ MAPPING: dict[str, Row] = {
         "what checkpointing keeps waits on the CPU",
     ),
     "memory.loss_chunk": Row(NOT_IN, "chunks of tokens, inside the model (xtrain/models/loss.py)"),
+    "memory.optimizer_in_backward": Row(
+        NOT_IN, "each weight is updated as soon as its gradient is final; on deepspeed refused"
+    ),
     "launch": Row(("gradient_accumulation_steps",), "always one process"),
     "checkpoint": Row(NOT_IN, LOOP),
     "stability": Row(NOT_IN, "asked between clipping and update"),
