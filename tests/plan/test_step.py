@@ -126,6 +126,15 @@ def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> No
     assert "Largest batch.micro that fits: none" in plan(spec, *words, "--device-memory", "0.1MB").stdout
 
 
+def test_several_passes_are_not_offered_where_each_pass_updates(spec: Path) -> None:
+    words = ["--set=batch={global: 8}", "--set=data.seq_len=128", "--set=train.clip=null"]
+    one_pass = json.loads(plan(spec, "--json", *words).stdout)
+    memory = f"--device-memory={sum(one_pass['peak_bytes'].values()) * 0.7 / 2**20:.9f}MiB"
+    at_once = "--set=memory.optimizer_in_backward=true"
+    assert json.loads(plan(spec, "--json", *words, memory).stdout)["largest_micro"] > 0
+    assert json.loads(plan(spec, "--json", *words, memory, at_once).stdout)["largest_micro"] == 0
+
+
 LARGE = ("--set=batch.micro=1", "--set=model.hidden=512", "--set=model.layers=8", "--set=model.heads=8")
 
 

@@ -23,7 +23,6 @@ from xtrain.models.source import model_source
 from xtrain.schedule import learning_rate
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
-from xtrain.techniques import compiled
 
 AT_ONCE = {"memory": {"optimizer_in_backward": True}}
 ADAMW = {"optimizer": {"name": "adamw", "lr": 5e-3}}
@@ -78,16 +77,6 @@ def test_losses_and_norms_are_those_of_the_plain_loop() -> None:
     losses, norms = zip(*found, strict=True)
     assert losses == pytest.approx(plain.losses, rel=1e-6)
     assert norms == pytest.approx(plain.norms, rel=1e-6)
-
-
-def test_a_compiled_model_trains_to_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
-    torch.compiler.reset()
-    compile_ = {"train": {"compile": True}}
-    found, _ = trained(registry.load("cpu"), compile_, AT_ONCE)
-    torch.compiler.reset()
-    expected, _ = trained(registry.load("cpu"))
-    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(AT_ONCE, {}), ({}, AT_ONCE)], ids=["to after", "to within"])

@@ -10,6 +10,7 @@ from xtrain.errors import RequestError
 from xtrain.plan.layout import HOST, Height, Layout, peaks
 from xtrain.plan.models import Sized
 from xtrain.plan.step import Step
+from xtrain.spec.check_memory import update_problems
 from xtrain.spec.nearest import divisors
 from xtrain.spec.tree import Manual, MemorySection, Precision, Spec
 
@@ -115,5 +116,6 @@ def with_memory(spec: Spec, **changes: Any) -> Spec:
 def largest_micro(subject: Subject) -> int:
     """Of the micro-batches that divide a process's share of the global batch, the largest that fits."""
     share = subject.spec.batch.global_ // subject.world
-    falling = reversed(divisors(share))
-    return next((micro for micro in falling if subject.rung("", with_micro(subject.spec, micro)).fits), 0)
+    falling = (with_micro(subject.spec, micro) for micro in reversed(divisors(share)))
+    allowed = (spec for spec in falling if not any(update_problems(spec)))
+    return next((spec.micro_batch for spec in allowed if subject.rung("", spec).fits), 0)
