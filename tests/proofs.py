@@ -51,7 +51,9 @@ PROOFS = (
         "is found, and none that is torn",
         [
             "tests/checkpoints/test_killed_saves.py::"
-            "test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obstacle"
+            "test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obstacle",
+            "tests/checkpoints/test_killed_saves.py::"
+            "test_a_save_killed_while_it_replaces_one_of_its_step_leaves_the_old_or_the_new_one",
         ],
     ),
     Proof(
@@ -76,6 +78,7 @@ PROOFS = (
         [
             f"{RESUME}::test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one",
             f"{RESUME}::test_without_a_checkpoint_it_starts_at_step_0_and_says_so",
+            "tests/checkpoints/test_foreign.py::test_a_folder_of_hugging_faces_form_becomes_step_0",
             f"{RESUME}::test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so",
             f"{RESUME}::test_a_finished_run_goes_on_with_more_steps",
         ],

@@ -70,7 +70,7 @@ def test_a_save_killed_at_any_moment_leaves_the_newest_whole_one_and_is_no_obsta
 
 
 def test_a_save_killed_while_it_replaces_one_of_its_step_leaves_the_old_or_the_new_one(
-    tmp_path: Path,
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     assert killed(tmp_path / "whole", NEVER, replace_and_die) == 0
     events = int((tmp_path / "whole" / "count").read_text())
@@ -86,6 +86,7 @@ def test_a_save_killed_while_it_replaces_one_of_its_step_leaves_the_old_or_the_n
     assert found == sorted(found)
     assert found[:2] == [1, 1]  # before the old one moves, and before the new one has its name
     assert found[-1] == 2
+    record_property("kills", len(found))
 
 
 def assert_the_next_save_succeeds(folder: Path) -> None:

@@ -149,12 +149,13 @@ class Meeting:
         self._seconds = timeout_seconds
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._serves = job.rank == 0 and not served_by_agent
         if Meeting._kept is None:
             try:
                 Meeting._kept = TCPStore(
                     address,
                     port,
-                    is_master=job.rank == 0 and not served_by_agent,
+                    is_master=self._serves,
                     timeout=timedelta(seconds=timeout_seconds),
                     wait_for_workers=False,
                     multi_tenant=True,  # the engine will ask for the same one
@@ -174,7 +175,9 @@ class Meeting:
             self._store.set(f"{topic}/{self._job.rank}", json.dumps(value))
             self._store.add(topic, 1)
             self._wait_for_all(topic)
-            said = self._store.multi_get([f"{topic}/{rank}" for rank in range(self._job.world)])
+            said = self._store.multi_get([f"{topic}/{rank}" for rank in self._ranks()])
+            self._store.add(f"{topic}/read", 1)
+            self._stay_for_readers(topic)
         except RuntimeError as error:
             raise RunFailed(f"rank 0 is gone before training began: {_first(error)}") from error
         return [json.loads(one) for one in said]
@@ -190,6 +193,14 @@ class Meeting:
                     f"{came} of {self._job.world} processes came within {self._seconds:.0f} s; missing: rank "
                     + ", ".join(str(r) for r in self._ranks() if not self._store.check([f"{topic}/{r}"]))
                 )
+            time.sleep(LOOK_SECONDS)
+
+    def _stay_for_readers(self, topic: str) -> None:
+        """Who serves the notes may end next, because of what was said: not before the others know it too."""
+        deadline = time.monotonic() + TELL_SECONDS
+        while self._serves and self._store.add(f"{topic}/read", 0) < self._job.world:
+            if time.monotonic() > deadline:
+                return
             time.sleep(LOOK_SECONDS)
 
     def _ranks(self) -> range:
