@@ -226,6 +226,23 @@ def test_slurm_script_starts_one_task_per_node_and_is_queued_again_when_interrup
     assert again.stdout == f"{began} --resume {out} {place}\nscontrol requeue 42\n"
 
 
+def test_slurm_script_resumes_one_run_into_the_directory_of_another(tmp_path: Path) -> None:
+    """Queued again, it goes on with its own, once that is there."""
+    old, out = tmp_path / "old run", tmp_path / "it's new"
+    for folder in (old, out):
+        folder.mkdir()
+    words = ["--slurm", "--nodes", "2", "--nproc", "4", "--resume", str(old), "--out", str(out)]
+    script = launch(tmp_path, *words, hosts=None).stdout
+    for count in ("0", "1"):
+        assert (
+            f" --resume {old} --out {out} --nodes"
+            in run_script(tmp_path, script, SLURM_RESTART_COUNT=count).stdout
+        )
+    (out / "resolved.json").touch()
+    again = run_script(tmp_path, script, SLURM_RESTART_COUNT="1").stdout
+    assert f" --nproc 4 --resume {out} --nodes" in again
+
+
 # --- one answer for all hosts ------------------------------------------------------------------------
 
 

@@ -71,13 +71,14 @@ def slurm_script(request: Request, nodes: int, port: int, folder: Path) -> str:
     """For sbatch: a task per node, each an xtrain that starts its share; interrupted, it is queued again."""
     out = request.out or run_of(request.resume)
     command = shlex.join([*this_program(), *replace(request, out=None, resume=None).arguments()])
+    places = {"--resume": request.resume, "--out": request.out}
+    first = [word for name, place in places.items() if place for word in (name, str(place))]
     return SCRIPT.format(
         name=request.spec_path.stem,
         nodes=nodes,
         warn=WARN_SECONDS,
         folder=shlex.quote(str(folder)),
-        how="--resume" if request.resume else "--out",
-        where=shlex.quote(str(request.resume or out)),
+        first=shlex.join(first),
         out=shlex.quote(str(out)),
         port=port,
         command=command.replace("'", "'\\''"),
@@ -94,14 +95,14 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 
 cd {folder} || exit 1
-export HOW={how} WHERE={where}
+WHERE=({first})
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && [ -e {out}/resolved.json ]; then
-  export HOW=--resume WHERE={out}  # queued again: from the last checkpoint
+  WHERE=(--resume {out})  # queued again: from the last checkpoint
 fi
 export MEET=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):{port}
 export START=$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}
 srun --kill-on-bad-exit=0 bash -c '{command} \\
-  "$HOW" "$WHERE" --nodes {nodes} --meet "$MEET" --id "$START" --address "$SLURMD_NODENAME"'
+  "$@" --nodes {nodes} --meet "$MEET" --id "$START" --address "$SLURMD_NODENAME"' xtrain "${{WHERE[@]}}"
 code=$?
 if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
