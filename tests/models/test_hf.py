@@ -406,6 +406,19 @@ def test_weights_read_one_by_one_are_those_that_the_library_loads(family: str, t
     assert all(torch.equal(read[name], loaded[name]) for name in loaded)
 
 
+def test_files_of_an_earlier_save_beside_the_indexed_ones_are_not_read(tmp_path: Path) -> None:
+    own_model(write_config(tmp_path, "llama")).save_pretrained(tmp_path, max_shard_size="20kB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 1
+    stale = {name: torch.zeros_like(weight) for name, weight in load_file(files[0]).items()}
+    save_file(stale, tmp_path / "model-99999-of-99999.safetensors", {"format": "pt"})
+    source = source_of(tmp_path)
+    assert isinstance(source, GradualSource)
+    loaded, read = source.build().state_dict(), source.build_gradually().state_dict()
+    assert READ_WHOLE not in source.notes
+    assert all(torch.equal(read[name], loaded[name]) for name in loaded)
+
+
 def test_two_tensors_for_tied_weights_are_left_to_the_library(tmp_path: Path) -> None:
     own = own_model(write_config(tmp_path, "gemma"))
     own.save_pretrained(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,58 @@ def test_a_damaged_checkpoint_is_no_start(tmp_path: Path) -> None:
 def test_weights_of_a_folder_of_safetensors_replace_the_initial_ones(tmp_path: Path) -> None:
     weights = other_weights()
     assert_has(built(library_folder(tmp_path / "stored", weights)), weights)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_a_folder_of_the_librarys(
+    tmp_path: Path,
+) -> None:
+    folder = library_folder(tmp_path / "step-00000002", other_weights())
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"^model.init_from: .*manifest.json: No such file"):
+        built(folder)
+
+
+def indexed(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Each tensor in a file of its own, as their index says."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    places = {name: f"model-{number:05d}.safetensors" for number, name in enumerate(sorted(weights))}
+    for name, file in places.items():
+        save_file({name: weights[name]}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_only_what_an_index_names_is_read(tmp_path: Path) -> None:
+    """Not the files of an earlier save, nor tensors that are in a named file but not in the index."""
+    weights = other_weights()
+    folder = indexed(tmp_path / "stored", weights)
+    stale = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(stale, folder / "model-99999.safetensors")
+    first, last = min(weights), max(weights)
+    file = folder / f"model-{len(weights) - 1:05d}.safetensors"
+    save_file({last: weights[last], first: stale[first]}, file)
+    assert_has(built(folder), weights)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            '{"weight_map": {"a": "model-00000.safetensors"}}',
+            "a is in model-00000.safetensors, which",
+        ),
+        ('{"weight_map": {"a": "../a"}}', "index.json cannot be read: String should match"),
+        ('{"weight_map": {"a": "gone"}}', "gone cannot be read: "),
+        ("{", "index.json cannot be read: Invalid JSON"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path, index: str, message: str) -> None:
+    folder = indexed(tmp_path / "stored", other_weights())
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(RequestError, match=f"^model.init_from: .*{re.escape(message)}"):
+        built(folder)
 
 
 def test_what_another_library_keeps_without_our_prefix_is_found(tmp_path: Path) -> None:

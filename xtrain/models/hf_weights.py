@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from xtrain.checkpoints.format import MODEL_INDEX, Index
 from xtrain.errors import RequestError
 
 if TYPE_CHECKING:
@@ -15,8 +18,36 @@ WHOLE = "model.safetensors"
 PARTS = "model-*.safetensors"
 
 
-def open_weights(paths: Iterable[Path], key: str) -> Mapping[str, Any]:
-    """The open safetensors file of each tensor in `paths`; RequestError, of the spec's `key`."""
+def open_weights(folder: Path, key: str, otherwise: str = PARTS) -> Mapping[str, Any]:
+    """The open safetensors file of each tensor in `folder`; RequestError, of the spec's `key`.
+
+    As the library chooses: the one whole file, or what an index names. Without either, all `otherwise`.
+    """
+    if (folder / WHOLE).is_file():
+        return _opened([folder / WHOLE], key)
+    if (folder / MODEL_INDEX).is_file():
+        return _indexed(folder / MODEL_INDEX, key)
+    return _opened(sorted(folder.glob(otherwise)), key)
+
+
+def _indexed(index: Path, key: str) -> Mapping[str, Any]:
+    """What the index names and nothing else: files of an earlier save may lie beside them."""
+    try:
+        places = Index.model_validate_json(index.read_bytes()).weight_map
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise RequestError(f"{key}: {index} cannot be read: {reason}") from error
+    parts = {name: _opened([index.parent / name], key) for name in sorted(set(places.values()))}
+    for tensor, name in places.items():
+        if tensor not in parts[name]:
+            raise RequestError(
+                f"{key}: {index} says that {tensor} is in {name}, which has no such tensor; "
+                "expected files and index of one save: write them again"
+            )
+    return {tensor: parts[name][tensor] for tensor, name in places.items()}
+
+
+def _opened(paths: Iterable[Path], key: str) -> Mapping[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     files: dict[str, Any] = {}
@@ -37,8 +68,7 @@ def copy_weights(model: nn.Module, folder: Path) -> bool:
     """
     import torch
 
-    paths = [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob(PARTS))
-    files = open_weights(paths, "model.hf")
+    files = open_weights(folder, "model.hf")
     named = [(tensor, [name for name in names if name in files]) for tensor, names in _tensors(model)]
     if any(len(stored) != 1 or not _fits(tensor, files, stored[0]) for tensor, stored in named):
         return False

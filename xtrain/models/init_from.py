@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xtrain.checkpoints.format import ADAPTED, MANIFEST, CheckpointError, Reader
+from xtrain.checkpoints.format import ADAPTED, MANIFEST, STATE, CheckpointError, Reader
 from xtrain.checkpoints.select import select
 from xtrain.checkpoints.tensorfile import Shape
 from xtrain.contract import GradualSource
@@ -155,7 +155,8 @@ class OfCheckpoint:
 
 def _is_library(folder: Path) -> bool:
     """Whether it is a folder of Hugging Face's form, and no checkpoint, which may have a config too."""
-    return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
+    own = (folder / MANIFEST, folder / STATE)  # one that lost its manifest is damaged, not the library's
+    return (folder / CONFIG).is_file() and not any(file.is_file() for file in own)
 
 
 class OfLibrary:
@@ -213,7 +214,7 @@ def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _of_library(folder: Path) -> Stored:
-    files = open_weights(sorted(folder.glob("*.safetensors")), "model.init_from")
+    files = open_weights(folder, "model.init_from", otherwise="*.safetensors")
     if not files:
         raise RequestError(
             f"model.init_from: found {folder}, expected safetensors in it: only those are read"
