@@ -35,7 +35,8 @@ KEYS: dict[StateKind, str] = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", 
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _DIVIDED = re.compile(r"mp_rank_(?!00_)|^layer_")
 """Files of tensor-parallel ranks but the first, and of pipeline stages."""
-_TAG = re.compile(r"[\w.-]+")
+_TAG = re.compile(r"\w[\w.-]*")
+"""A folder's name, never `..`."""
 
 
 def open_state(folder: Path, form: str) -> Stored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -156,6 +157,13 @@ def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     else:
         place[path[-1]] = value
     return whole
+
+
+@pytest.mark.parametrize("tag", ["..", ".", "../other", ""])
+def test_a_latest_that_names_no_folder_beside_it_is_refused(tag: str, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(RequestError, match=rf"latest names '{re.escape(tag)}'; expected a folder beside it"):
+        open_state(tmp_path, "deepspeed")
 
 
 def test_what_is_as_deepspeed_writes_it_is_read(fake: Fake) -> None:

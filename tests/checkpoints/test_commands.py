@@ -124,6 +124,21 @@ def test_prune_keeps_the_newest_and_what_was_kept_aside(out: Path) -> None:
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000009"]
 
 
+def test_prune_takes_the_folder_of_checkpoints_as_the_others_do(out: Path) -> None:
+    assert command("prune", out / "checkpoints", "--keep", "2").exit_code == 0
+    assert checkpoints(out) == [8, 12]
+
+
+def test_prune_tells_what_it_cannot_delete(out: Path) -> None:
+    in_the_way = out / "checkpoints" / ".step-00000004.removed" / "file"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    result = command("prune", out, "--keep", "1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: cannot delete from {out}/checkpoints: ")
+    assert "step-00000004" in result.stderr
+
+
 def test_prune_keeps_the_best(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options: dict[str, Any] = {"checkpoint": "{every_steps: 4, keep: 3, best: true}", "train__eval_every": 3}

@@ -12,6 +12,7 @@ from typing import Any
 from xtrain.checkpoints.format import Checkpoint, CheckpointError, complete_checkpoints, is_checkpoint_name
 from xtrain.checkpoints.select import prune, select
 from xtrain.contract import JSON
+from xtrain.errors import RunFailed
 from xtrain.records.rundir import RunDirectory
 
 ASIDE = ("superseded-*", "damaged-*")
@@ -121,16 +122,24 @@ def details(checkpoint: Checkpoint) -> dict[str, JSON]:
 def clear(path: Path, keep: int, aside: bool) -> Iterator[Path]:
     """Delete all but the newest `keep` and the best of a run that is not being written; yields what went.
 
-    With `aside`, those that are kept aside too. Raises RequestError when the run is at work.
+    With `aside`, those that are kept aside too. Raises RequestError when the run is at work, RunFailed when
+    something cannot be deleted.
     """
-    directory = RunDirectory.open(path)
+    directory = RunDirectory.open(checkpoints_folder(path).parent)
     with directory.lock():
-        yield from (one.path for one in prune(directory.checkpoints, keep, _best_step(directory)))
-        others = [other for pattern in ASIDE for other in directory.checkpoints.glob(pattern)]
-        for folder in sorted(others) if aside else []:
-            for checkpoint in complete_checkpoints(folder):
-                yield checkpoint.path
-            shutil.rmtree(folder)
+        try:
+            yield from _cleared(directory, keep, aside)
+        except OSError as error:
+            raise RunFailed(f"cannot delete from {directory.checkpoints}: {error}") from error
+
+
+def _cleared(directory: RunDirectory, keep: int, aside: bool) -> Iterator[Path]:
+    yield from (one.path for one in prune(directory.checkpoints, keep, _best_step(directory)))
+    others = [other for pattern in ASIDE for other in directory.checkpoints.glob(pattern)]
+    for folder in sorted(others) if aside else []:
+        for checkpoint in complete_checkpoints(folder):
+            yield checkpoint.path
+        shutil.rmtree(folder)
 
 
 def _best_step(directory: RunDirectory) -> int | None:
