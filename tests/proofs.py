@@ -29,6 +29,8 @@ Written by `python -m tests.proofs` from a run of the tests that are named here;
 A whole number is what they counted, all tests of a line together; another figure is the worst that one of
 them measured. Losses are compared step by step with the uninterrupted plain run (bare torch, one process),
 relatively; in fp32 unless a line says so.
+How long training stands still for a save is measured, not tested:
+[What a save costs](checkpoints.md#what-a-save-costs).
 """
 
 
