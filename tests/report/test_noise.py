@@ -5,7 +5,13 @@ import random
 
 import pytest
 
-from xtrain.report.noise import SINGLE_RUN_NOISE, SMALLEST_NOISE, compare_speeds, median_error
+from xtrain.report.noise import (
+    SINGLE_RUN_NOISE,
+    SMALLEST_NOISE,
+    compare_speeds,
+    median_error,
+    student_quantile,
+)
 
 
 def test_a_lane_slowed_by_a_tenth_is_slower_than_repeats_that_differ_by_a_little() -> None:
@@ -53,6 +59,35 @@ def test_equal_lanes_are_told_apart_no_more_often_than_one_time_in_twenty(repeat
 
     alarms = sum(not compare_speeds(rates(), rates()).is_noise for _ in range(2000))
     assert 0.03 < alarms / 2000 < 0.07
+
+
+@pytest.mark.parametrize("lanes", [3, 5, 10])
+def test_among_equal_lanes_one_is_called_slower_in_at_most_one_comparison_of_twenty(lanes: int) -> None:
+    """1,000 comparisons of lanes with 3 normal repeats, each lane against the fastest, as verdicts do."""
+    draw = random.Random(11)
+
+    def rates() -> list[float]:
+        return [math.exp(draw.gauss(7, 0.03)) for _ in range(3)]
+
+    def alarms() -> bool:
+        *others, best = sorted((rates() for _ in range(lanes)), key=math.prod)
+        return any(not compare_speeds(one, best, lanes=lanes).is_noise for one in others)
+
+    assert sum(alarms() for _ in range(1000)) / 1000 < 0.07
+
+
+def test_lanes_that_ran_once_are_told_apart_the_less_the_more_they_are() -> None:
+    few, many = (compare_speeds([1000.0], [1000.0], 0.1, lanes).noise for lanes in (2, 10))
+    assert few == pytest.approx(math.expm1(0.196), rel=1e-3)
+    assert many > 1.5 * few
+
+
+@pytest.mark.parametrize(
+    ("risk", "degrees", "quantile"),
+    [(0.05, 1, 12.706), (0.05, 2, 4.303), (0.05, 3, 3.182), (0.05, 10, 2.228), (0.01, 4, 4.604)],
+)
+def test_quantiles_are_those_of_the_tables(risk: float, degrees: int, quantile: float) -> None:
+    assert student_quantile(risk, degrees) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_the_error_of_a_median_falls_with_the_steps() -> None:

@@ -57,7 +57,7 @@ def speed_verdict(lanes: Lanes) -> Verdict | None:
         return None
     timed.sort(key=lambda lane: -_rate(lane[1]))
     best, best_figures = timed[0]
-    held = [(name, speed_difference(figures, best_figures)) for name, figures in timed[1:]]
+    held = [(name, speed_difference(figures, best_figures, len(timed))) for name, figures in timed[1:]]
     details = [_slower(name, best, difference) for name, difference in held]
     if any(len(figures.repeat_rates) < 2 for _, figures in timed):
         details.append(
@@ -71,10 +71,10 @@ def speed_verdict(lanes: Lanes) -> Verdict | None:
     return verdict("speed", "good", f"{best} is the fastest: {rate}{beside}", details)
 
 
-def speed_difference(figures: Figures, other: Figures) -> SpeedDifference:
-    """Both timed."""
+def speed_difference(figures: Figures, other: Figures, lanes: int) -> SpeedDifference:
+    """Of two of the `lanes` that were timed."""
     unrest = max(_unrest(figures), _unrest(other))
-    return compare_speeds(figures.repeat_rates, other.repeat_rates, unrest)
+    return compare_speeds(figures.repeat_rates, other.repeat_rates, unrest, lanes)
 
 
 def _unrest(figures: Figures) -> float:
@@ -222,7 +222,7 @@ def _fastest(lanes: Lanes) -> list[str]:
     return [
         name
         for name, figures in timed
-        if figures is timed[0][1] or speed_difference(figures, timed[0][1]).is_noise
+        if figures is timed[0][1] or speed_difference(figures, timed[0][1], len(timed)).is_noise
     ]
 
 
