@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.sample_lanes import STEP, compared, lane, memory, run, steps, unfinished
+from tests.report.sample_lanes import STEP, compared, lane, memory, run, slowed, steps, unfinished
 from xtrain.records.record import DataFacts, ModelFacts
 from xtrain.report.charts import Chart, charts, label
 from xtrain.report.colours import lane_colours
@@ -125,6 +125,23 @@ def test_what_all_lanes_have_alike_is_said_once() -> None:
 
 def test_lanes_are_told_apart_by_their_colour() -> None:
     assert len(set(lane_colours(compared(*(lane(str(n)) for n in range(12)))).values())) == 12
+
+
+def test_lanes_whose_labels_are_cut_alike_keep_their_bars() -> None:
+    """Only the middle tells them apart, and a label has none."""
+    predicted = {"peak_bytes": {"cpu": {"parameters": 40 << 20}}}
+    names = [f"deepspeed:2 batch.micro=4 precision={p} memory.checkpointing={{every: 2}}" for p in "abc"]
+    assert len({label(name) for name in names}) == 1
+    slow = [run(slowed(steps(), 1.0 + n / 10), predicted=predicted) for n in range(3)]
+    drawn = {
+        chart.name: chart.data
+        for chart in charts(compared(*(lane(name, one) for name, one in zip(names, slow, strict=True))))
+    }
+    assert {name: len(set(drawn[name][0]["y"])) for name in ("speed", "memory", "time", "predicted")} == {
+        **dict.fromkeys(("speed", "memory", "time"), 3),
+        "predicted": 6,
+    }
+    assert len({trace["name"] for trace in drawn["losses"]}) == 3
 
 
 def test_long_runs_are_thinned_out() -> None:

@@ -19,8 +19,10 @@ from xtrain.report.agreement import relative_difference
 from xtrain.report.colours import CATEGORY_COLOURS, PHASE_COLOURS, lane_colours
 from xtrain.report.comparison import Comparison, Curve, Figures
 from xtrain.report.memory import fullest_device
+from xtrain.report.phrases import numbered
 
 Lanes = Sequence[tuple[str, Figures]]
+"""By label, each another: to Plotly equal ones are one bar."""
 Trace = dict[str, Any]
 
 LONGEST_LABEL, LABEL_LINE = 60, 20
@@ -42,8 +44,10 @@ class Chart:
 
 def charts(comparison: Comparison) -> list[Chart]:
     """Those that have something to show."""
-    lanes = comparison.finished
-    colours = lane_colours(comparison)
+    finished, colour_of = comparison.finished, lane_colours(comparison)
+    labels = numbered([label(name) for name, _ in finished])
+    lanes = [(text, figures) for text, (_, figures) in zip(labels, finished, strict=True)]
+    colours = {text: colour_of[name] for text, (name, _) in zip(labels, finished, strict=True)}
     found = [
         _ladder(comparison),
         _speed(lanes, colours),
@@ -74,7 +78,7 @@ def trace_colour(trace: Trace) -> str:
 
 def _speed(lanes: Lanes, colours: Mapping[str, str]) -> Chart:
     timed = [(name, figures.speed, figures.repeat_rates) for name, figures in lanes if figures.speed]
-    names = [label(name) for name, _, _ in timed]
+    names = [name for name, _, _ in timed]
     bars: Trace = {
         "type": "bar",
         "orientation": "h",
@@ -116,7 +120,7 @@ def _line(name: str, curve: Curve, colour: str, number: int) -> Trace:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": label(name),
+        "name": name,
         "x": curve.steps,
         "y": curve.values,
         "line": {
@@ -134,11 +138,11 @@ def _dotted(name: str, curve: Curve, colour: str, number: int) -> Trace:
 
 
 def _distance(lanes: Lanes, colours: Mapping[str, str], reference: str | None) -> Chart:
-    """On a logarithmic axis, which has no place for 0."""
-    expected = dict(lanes)[reference].loss_curve if reference else Curve(steps=[], values=[])
+    """From the first lane's, `reference` by its full name. A logarithmic axis has no place for 0."""
+    expected = lanes[0][1].loss_curve if lanes else Curve(steps=[], values=[])
     values = dict(zip(expected.steps, expected.values, strict=True))
     traces = []
-    for name, figures in lanes:
+    for name, figures in lanes[1:]:
         curve = figures.loss_curve
         pairs = [
             (s, relative_difference(v, values[s]))
@@ -146,7 +150,7 @@ def _distance(lanes: Lanes, colours: Mapping[str, str], reference: str | None) -
             if s in values
         ]
         drawn = [(step, distance) for step, distance in pairs if distance > 0]
-        if name != reference and drawn:
+        if drawn:
             points = Curve(steps=[step for step, _ in drawn], values=[distance for _, distance in drawn])
             traces.append(_dotted(name, points, colours[name], 9))
     caption = f"Relative difference of the loss from {clean(reference or '')}'s. Equal steps have no point."
@@ -162,7 +166,7 @@ def _decades(traces: Sequence[Trace]) -> list[int]:
 
 
 def _step_memory(lanes: Lanes) -> Chart:
-    held = {label(name): fullest_device(figures) for name, figures in lanes if figures.step_peaks}
+    held = {name: fullest_device(figures) for name, figures in lanes if figures.step_peaks}
     caption = "Live tensors of one step at its fullest, counted storage by storage, on the fullest device."
     return _stacked_bytes("memory", "Memory by category", caption, held)
 
@@ -172,8 +176,8 @@ def _predicted(lanes: Lanes) -> Chart:
     for name, figures in lanes:
         place = next(iter(figures.step_peaks), "")
         if place in figures.predicted:
-            held[f"{label(name)}, predicted"] = figures.predicted[place]
-            held[f"{label(name)}, measured"] = figures.step_peaks[place]
+            held[f"{name}, predicted"] = figures.predicted[place]
+            held[f"{name}, measured"] = figures.step_peaks[place]
     caption = "What the planner said before the run, and what the step held, on the fullest device."
     return _stacked_bytes("predicted", "Predicted and measured", caption, held)
 
@@ -200,7 +204,7 @@ def _stacked_bytes(name: str, title: str, caption: str, held: Mapping[str, Mappi
 
 
 def _time(lanes: Lanes) -> Chart:
-    splits = {label(name): figures.time_split.seconds for name, figures in lanes if figures.time_split}
+    splits = {name: figures.time_split.seconds for name, figures in lanes if figures.time_split}
     data: list[Trace] = [
         {
             "type": "bar",
@@ -240,17 +244,16 @@ def _memory_over_time(lanes: Lanes, colours: Mapping[str, str], counter: str) ->
 def _ladder(comparison: Comparison) -> Chart:
     several = len({rung.lane for rung in comparison.ladder}) > 1
     rungs = [
-        (label(f"{rung.lane} {rung.name}" if several else rung.name), rung)
-        for rung in comparison.ladder
-        if rung.memory_share is not None or rung.speed_share is not None
+        rung for rung in comparison.ladder if rung.memory_share is not None or rung.speed_share is not None
     ]
+    labels = numbered([label(f"{rung.lane} {rung.name}" if several else rung.name) for rung in rungs])
     data: list[Trace] = [
         {
             "type": "bar",
             "orientation": "h",
             "name": name,
-            "y": [name for name, _ in rungs],
-            "x": [getattr(rung, key) for _, rung in rungs],
+            "y": labels,
+            "x": [getattr(rung, key) for rung in rungs],
             "marker": {"color": colour},
             "hovertemplate": f"%{{y}}: {name} %{{x:.0%}}<extra></extra>",
         }
@@ -259,7 +262,7 @@ def _ladder(comparison: Comparison) -> Chart:
     ]
     caption = "Measured, as shares of the first rung: live tensors of a step, and tokens per second."
     layout = _bars({"barmode": "group", "xaxis": {"tickformat": ".0%"}})
-    return Chart("ladder", "The ladder", caption, _bar_height((name for name, _ in rungs), 58), data, layout)
+    return Chart("ladder", "The ladder", caption, _bar_height(labels, 58), data, layout)
 
 
 def _bar_height(labels: Iterable[str], least: int = BAR_HEIGHT) -> int:
