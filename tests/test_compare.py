@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from tests.sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
 from xtrain.cli import main
-from xtrain.compare import Turns, compare
+from xtrain.compare import Turns, compare, lane_folders
 from xtrain.errors import RequestError
 from xtrain.lanes import Lane, LaneEnd, parse_lanes, run_lane, xtrain_run
 from xtrain.records.metrics import StepRecord
@@ -61,6 +61,15 @@ def test_impossible_lanes_are_refused(lanes: list[str], message: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse_lanes(lanes)
     assert str(caught.value) == message
+
+
+def test_lanes_with_long_names_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Longer than a file system takes, in letters of two bytes."""
+    lanes = [Lane("cpu", label="\u00e4" * 300 + end) for end in "abc"]
+    folders = lane_folders(tmp_path, lanes)
+    for folder in folders.values():
+        folder.mkdir()
+    assert len({*folders.values()}) == 3
 
 
 def test_a_lane_is_the_same_command_that_people_type() -> None:

@@ -35,7 +35,7 @@ def compare(
         raise RequestError(f"{spec_path}: no such file; expected a spec")
     _make(out)
     turns = Turns(lanes, repeats)
-    places = _folders(out / LANES, lanes)
+    places = lane_folders(out / LANES, lanes)
     _note(out, places, turns)
     for lane, repeat in turns:
         places[lane].mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ class Turns:
         return sum(end.seconds for end, _ in ends) / len(ends) if ends else None
 
 
-def _folders(parent: Path, lanes: Sequence[Lane]) -> dict[Lane, Path]:
+def lane_folders(parent: Path, lanes: Sequence[Lane]) -> dict[Lane, Path]:
     """A folder for each lane; those of equal name have a number."""
     found: dict[Lane, Path] = {}
     for lane in lanes:

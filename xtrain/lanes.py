@@ -29,6 +29,8 @@ Outcome: TypeAlias = Literal["finished", "refused", "failed"]
 GRACE_SECONDS = 60.0
 """A lane that is asked to end may finish its step and save before it is killed."""
 LONGEST_REASON = 500
+LONGEST_FOLDER_BYTES = 200
+"""File systems take 255; compare numbers equal ones."""
 _LANE = re.compile(r"(?P<backend>[\w.-]+)(:(?P<processes>[1-9][0-9]{0,5}))?")
 
 
@@ -70,8 +72,9 @@ class Lane:
 
     @property
     def folder(self) -> str:
-        """The name without what a file system or a shell might not take."""
-        return re.sub(r"[^\w.=]+", "-", self.name).strip("-")
+        """The name without what a file system or a shell might not take; long ones are cut, maybe alike."""
+        plain = re.sub(r"[^\w.=]+", "-", self.name).strip("-")
+        return plain.encode()[:LONGEST_FOLDER_BYTES].decode(errors="ignore")
 
 
 LaneCommand: TypeAlias = Callable[[Lane, Path, Path, Sequence[str]], list[str]]

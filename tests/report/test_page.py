@@ -144,6 +144,15 @@ def test_lanes_whose_labels_are_cut_alike_keep_their_bars() -> None:
     assert len({trace["name"] for trace in drawn["losses"]}) == 3
 
 
+def test_lanes_with_names_of_any_length_are_drawn_apart() -> None:
+    comparison = compared(lane("x" * 600, run(steps())), lane("x" * 600 + "y", run(steps(lr=2e-3))))
+    assert len({one.name for one in comparison.lanes}) == 2
+    assert comparison.reference == comparison.lanes[0].name
+    (distance,) = [chart for chart in charts(comparison) if chart.name == "distance"]
+    assert len(distance.data) == 1
+    assert len(page(comparison)) < 200_000
+
+
 def test_long_runs_are_thinned_out() -> None:
     (losses,) = [c for c in charts(compared(lane("a", run(steps(5000))))) if c.name == "losses"]
     drawn = losses.data[0]["x"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from xtrain.report.comparison import Comparison, LaneReport
 from xtrain.report.figures import figures_of, short
 from xtrain.report.ladder import ladder_rungs
+from xtrain.report.phrases import numbered
 from xtrain.report.repeats import repeat_warnings
 from xtrain.report.runs import LaneRuns
 from xtrain.report.unlike import warnings
@@ -14,11 +16,13 @@ from xtrain.report.verdicts import verdicts
 
 
 def compare_lanes(title: str, lanes: Sequence[LaneRuns]) -> Comparison:
-    """In the given order; the first that finished is the reference."""
+    """In the given order; the first that finished is the reference. Names are cut short, and stay unlike."""
+    names = numbered([short(lane.name) for lane in lanes])
+    lanes = [replace(lane, name=name) for lane, name in zip(lanes, names, strict=True)]
     reference = next((lane for lane in lanes if lane.runs), None)
     reports = [
         LaneReport(
-            name=short(lane.name),
+            name=lane.name,
             outcome=lane.outcome,
             reason=short(lane.reason) if lane.reason else None,
             figures=figures_of(lane.runs, reference.runs) if lane.runs and reference else None,
