@@ -55,6 +55,13 @@ def test_tensors_and_sequences_share_a_node() -> None:
     assert advice.tensor * advice.sequence <= EIGHT_NODES.gpus_per_node
 
 
+@pytest.mark.parametrize("gpus_per_node", [3, 6, 8, 12])
+def test_tensors_divide_the_gpus_of_a_node(gpus_per_node: int) -> None:
+    for nodes in (4, 8, 20):
+        advice = advise(SEVENTY, Cluster(nodes=nodes, gpus_per_node=gpus_per_node, device_bytes=120e9))
+        assert gpus_per_node % advice.tensor == 0
+
+
 def test_smaller_devices_divide_the_model_further() -> None:
     small = dataclasses.replace(EIGHT_NODES, device_bytes=40e9)
     assert advise(SEVENTY, small).tensor * advise(SEVENTY, small).pipeline > 8

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from tests.report.sample_lanes import (
+    SPEC,
     STEP,
     compared,
     lane,
@@ -47,6 +48,13 @@ def test_shares_are_of_the_same_backend_and_unknown_where_its_first_rung_failed(
     ladder = compared(*(on_rung(lane, int(lane.name[2]), lane.name[0]) for lane in lanes)).ladder
     assert [rung.speed_share for rung in ladder] == [None, None, 1.0, 2.0]
     assert [rung.lane for rung in ladder] == ["a", "a", "b", "b"]
+
+
+def test_an_odd_batch_in_a_record_is_shown_short() -> None:
+    odd = {**SPEC, "batch": {"global": 8, "micro": "x\n" * 10_000}}
+    (rung,) = compared(on_rung(lane("a", run(spec=odd)), 0, "cpu")).ladder
+    assert len(rung.set_to) < 300
+    assert rung.set_to.isprintable()
 
 
 def test_the_claims_are_those_of_the_documents() -> None:

@@ -132,6 +132,15 @@ def test_single_runs_are_told_to_be_repeated() -> None:
     assert found.details[-1].endswith("differences below 5% are not believed; use --repeats 3")
 
 
+def test_the_fastest_is_the_one_that_the_noted_differences_are_measured_from() -> None:
+    """By its middle repeat b is faster, by the mean a is."""
+    a = [run(slowed(steps(), factor)) for factor in (0.80, 1.01, 1.02)]
+    b = [run(slowed(steps(), factor)) for factor in (0.99, 1.00, 1.01)]
+    detail = verdict(compared(lane("b", *b), lane("a", *a)), "speed").details[0]
+    assert detail.startswith("b and a: ")
+    assert "-" not in detail
+
+
 def test_lanes_that_were_not_timed_are_left_out() -> None:
     comparison = compared(lane("a"), lane("b", run(speed=None)))
     assert [one.topic for one in comparison.verdicts if one.topic == "speed"] == []
@@ -240,6 +249,20 @@ def test_a_computing_lane_is_held_against_the_matrix_product() -> None:
     assert found.samples_per_second == pytest.approx(80)
     assert found.utilisation == pytest.approx(10_000 * found.flops_per_token / 2.4e11)
     assert "at 28% of what a matrix product reaches here" in verdict(comparison, "bottleneck").details[0]
+
+
+def test_masked_tokens_are_operations_too() -> None:
+    """Of 1,000 tokens a step 250 are targets: as many operations as with all."""
+    matmul = MatmulFacts(dtype="fp32", flops_per_second=2.4e11)
+    model = ModelFacts(description="x", parameters=1_000_000, layers=4, hidden=128)
+    masked = [replace(step, tokens=250) for step in steps()]
+    comparison = compared(
+        lane("all", run(matmul=matmul, model=model)), lane("some", run(masked, matmul=matmul, model=model))
+    )
+    every, some = (figures(comparison, name).field_speed for name in ("all", "some"))
+    assert every is not None
+    assert some is not None
+    assert some.utilisation == pytest.approx(every.utilisation)
 
 
 def table(comparison: Comparison, title: str) -> Table:

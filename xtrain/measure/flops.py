@@ -31,16 +31,22 @@ def flops_per_token(parameters: int, layers: int, hidden: int, seq_len: int) -> 
 
 
 def field_speed(record: RunRecord, tokens_per_second: float) -> FieldSpeed:
-    """From a record that is not trusted; `tokens_per_second` is a sound one."""
+    """From a record that is not trusted; `tokens_per_second` is a sound one, of target tokens.
+
+    A masked token is computed like any other, so operations are those of whole sequences where the spec
+    tells their length.
+    """
     sequences, seq_len = _number(record.spec, "batch", "global"), _number(record.spec, "data", "seq_len")
     layers, hidden = record.model.layers or 0, record.model.hidden or 0
     per_token = flops_per_token(record.model.parameters, layers, hidden, seq_len or 0) or None
-    rate = per_token * tokens_per_second if per_token else None
     tokens_per_step = record.totals.tokens / record.totals.steps if record.totals.steps else 0.0
     steps_per_second = tokens_per_second / tokens_per_step if tokens_per_step else None
+    samples = sequences * steps_per_second if sequences and steps_per_second else None
+    processed = samples * seq_len if samples and seq_len else tokens_per_second
+    rate = per_token * processed if per_token else None
     peak = record.matmul
     return FieldSpeed(
-        samples_per_second=sequences * steps_per_second if sequences and steps_per_second else None,
+        samples_per_second=samples,
         flops_per_token=per_token,
         attention_counted=bool(layers and hidden and seq_len),
         flops_per_second=rate,

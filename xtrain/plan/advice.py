@@ -172,10 +172,10 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
 def _split(degree: int, shape: Shape, of_a_node: int) -> tuple[int, int]:
     """(tensor, pipeline) whose product is `degree`: the widest tensor degree that keeps products wide.
 
-    Within `of_a_node`, the GPUs of a node that are left.
+    It divides `of_a_node`, the GPUs of a node that are left: no group reaches into another node.
     """
-    widest = min(of_a_node, max(1, shape.hidden // WIDTH_PER_RANK))
-    tensor = max(d for d in divisors(degree) if d <= widest)
+    widest = max(1, shape.hidden // WIDTH_PER_RANK)
+    tensor = max(d for d in divisors(degree) if of_a_node % d == 0 and d <= widest)
     return tensor, degree // tensor
 
 

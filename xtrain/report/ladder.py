@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from xtrain.report.comparison import Figures, Rung
 from xtrain.report.memory import step_bytes
+from xtrain.report.unlike import shown
 from xtrain.rungs import RUNGS, LadderPlace
 
 
@@ -34,7 +35,7 @@ def _rung(place: LadderPlace, figures: Figures | None, plain: Figures | None) ->
 def _set_to(figures: Figures) -> str:
     batch = figures.spec.get("batch")
     micro = batch.get("micro") or batch.get("global") if isinstance(batch, dict) else None
-    return f"{figures.precision or 'unknown precision'}, batch.micro {micro}"
+    return f"{figures.precision or 'unknown precision'}, batch.micro {shown(micro)}"
 
 
 def _bytes(figures: Figures | None) -> int | None:

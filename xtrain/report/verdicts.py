@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from xtrain.records.summary import NOT_MEASURED, format_bytes, format_imbalance, plural
 from xtrain.report.comparison import Figures, LaneReport, Verdict
@@ -55,7 +56,7 @@ def speed_verdict(lanes: Lanes) -> Verdict | None:
     timed = [(name, figures) for name, figures in lanes if figures.speed]
     if len(timed) < 2:
         return None
-    timed.sort(key=lambda lane: -_rate(lane[1]))
+    timed.sort(key=lambda lane: -_mean_rate(lane[1]))
     best, best_figures = timed[0]
     held = [(name, speed_difference(figures, best_figures, len(timed))) for name, figures in timed[1:]]
     details = [_slower(name, best, difference) for name, difference in held]
@@ -83,7 +84,13 @@ def _unrest(figures: Figures) -> float:
 
 
 def _rate(figures: Figures) -> float:
+    """As tables show it: of the repeat in the middle."""
     return figures.speed.tokens_per_second if figures.speed else 0.0
+
+
+def _mean_rate(figures: Figures) -> float:
+    """What SpeedDifference holds against another's: lanes are put in order by this."""
+    return geometric_mean(figures.repeat_rates) if figures.repeat_rates else 0.0
 
 
 def _slower(name: str, best: str, found: SpeedDifference) -> str:
@@ -208,7 +215,7 @@ def _choice(
         return "Too little was measured to choose", details
     if not fast or not lean:
         return f"Choose {either(fast or lean)} {'for speed' if fast else 'for memory'}", details
-    leanest, fastest = _rate(lanes[lean[0]]), _rate(lanes[fast[0]])
+    leanest, fastest = _mean_rate(lanes[lean[0]]), _mean_rate(lanes[fast[0]])
     price = f"costs {1 - leanest / fastest:.0%} of the speed" if leanest else "was not timed"
     choices = [
         f"Choose {either(fast)} where it fits",
@@ -218,7 +225,7 @@ def _choice(
 
 
 def _fastest(lanes: Lanes) -> list[str]:
-    timed = sorted((lane for lane in lanes if lane[1].speed), key=lambda lane: -_rate(lane[1]))
+    timed = sorted((lane for lane in lanes if lane[1].speed), key=lambda lane: -_mean_rate(lane[1]))
     return [
         name
         for name, figures in timed
