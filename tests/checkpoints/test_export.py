@@ -26,6 +26,7 @@ from xtrain.checkpoints.writer import write
 from xtrain.data.tokenizers import load_tokenizer
 from xtrain.errors import RequestError, RunFailed
 from xtrain.models.library import library_form
+from xtrain.models.source import PresetSource
 from xtrain.spec.tree import Spec
 
 
@@ -188,11 +189,17 @@ def test_a_run_of_a_library_model_goes_on_from_such_a_checkpoint(llama: Path, tm
 
 
 @pytest.mark.slow
-def test_the_tokenizer_of_the_data_goes_with_the_model(tmp_path: Path) -> None:
+def test_the_tokenizer_of_the_data_goes_with_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = word_tokenizer(tmp_path / "words")
     spec = Spec.model_validate({**MINIMAL, "data": {"source": "stdlib", "tokenizer": words}})
     (tmp_path / "hf").mkdir()
     assert list(library_form(spec, 5).write_companions(tmp_path / "hf")) == []
+    assert (
+        f"note: the tokenizer copied from {words}, which the checkpoint's spec names"
+        in capsys.readouterr().err
+    )
     assert load_tokenizer(str(tmp_path / "hf")).identity == load_tokenizer(words).identity
 
 
@@ -229,6 +236,28 @@ def test_an_export_runs_no_code_that_a_checkpoint_names(out: Path, tmp_path: Pat
 
     with pytest.raises(RequestError, match="code of its own"):
         export(Forged(real.path, real.step), "hf", "fp32", tmp_path / "hf")
+
+
+def test_a_spec_of_another_size_than_the_weights_is_refused_before_its_model_is_built(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PresetSource) -> torch.nn.Module:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(PresetSource, "build", fail)
+    real = newest(out)
+    spec: dict[str, Any] = json.loads(real.state().model_dump_json())["spec"]
+    spec["model"]["hidden"] = 64
+
+    class Forged(Checkpoint):
+        def state(self) -> State:
+            return super().state().model_copy(update={"spec": spec})
+
+    with pytest.raises(
+        RequestError, match=r"another model than its weights: found .* \(257, 32\), expected \(257, 64\)"
+    ):
+        export(Forged(real.path, real.step), "hf", "fp32", tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_there_is_not_written_into(out: Path, tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def _write_library_form(checkpoint: Checkpoint, folder: Path, dtype: Dtype, shar
 
     spec = _spec_of(checkpoint)
     own_config = checkpoint.path if CONFIG in checkpoint.manifest.files else None
-    form: LibraryForm = library_form(spec, _vocabulary(checkpoint.reader()), own_config)
-    form.write_config(folder, TORCH_NAMES[dtype])
     reader = checkpoint.reader()
+    form: LibraryForm = library_form(spec, _vocabulary(reader), own_config, reader)
+    form.write_config(folder, TORCH_NAMES[dtype])
     _write(reader, form.kept(reader.keys("weight")), folder, dtype, form.convert, shard_bytes)
     difference = form.difference(reader, folder, TORCH_NAMES[dtype])
     if not difference <= TOLERANCE:  # NaN too

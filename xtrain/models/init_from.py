@@ -93,7 +93,7 @@ class StoredStart:
 
     def _require(self, model: nn.Module, stored: Stored) -> None:
         """Raise RequestError unless all fits, by the files' headers: no tensor is read for it."""
-        wrong = list(_misfits(model, stored))
+        wrong = list(misfits(model, stored))
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise RequestError(
@@ -182,7 +182,7 @@ class OfLibrary:
         return next((key for key in (name, name.removeprefix(ADAPTED)) if key in self._files), None)
 
 
-def _misfits(model: nn.Module, stored: Stored) -> Iterator[str]:
+def misfits(model: nn.Module, stored: Stored) -> Iterator[str]:
     """What is not there, or is another thing than the model has: a few words each."""
     parameters = dict(model.named_parameters())
     for name, tensor in (parameters | _kept_buffers(model)).items():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtrain.checkpoints.format import ADAPTED
+from xtrain.checkpoints.format import ADAPTED, Reader
 from xtrain.contract import StateReader
 from xtrain.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from xtrain.errors import RequestError
+from xtrain.models.init_from import OfCheckpoint, misfits
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
 
@@ -43,13 +45,20 @@ GPT2_NAMES = {
 class LibraryForm(ABC):
     """What a trained model looks like in the transformers library."""
 
-    def __init__(self, spec: Spec, data_vocab_size: int, folder: Path | None = None) -> None:
-        """`folder` has the config, where that is not to be looked for at `model.hf`."""
+    def __init__(
+        self, spec: Spec, data_vocab_size: int, folder: Path | None = None, reader: Reader | None = None
+    ) -> None:
+        """`folder` has the config, where that is not to be looked for at `model.hf`.
+
+        RequestError unless the weights of `reader` fit the model, before it takes memory.
+        """
         start = spec.model.model_copy(
             update={"init_from": None, "hf": str(folder) if folder else spec.model.hf}
         )
         self.spec = spec
         self.source = model_source(spec.model_copy(update={"model": start}), data_vocab_size, resumed=True)
+        if reader is not None:
+            _require_fit(self.source, reader)
         self.model = self.source.build().eval()
 
     @abstractmethod
@@ -81,6 +90,7 @@ class LibraryForm(ABC):
             return
         if isinstance(tokenizer, HuggingFaceTokenizer):
             tokenizer.save(folder)
+            _tell("the tokenizer", self.spec.data.tokenizer)
         else:
             yield f"the tokenizer: the library has none like data.tokenizer {self.spec.data.tokenizer}"
 
@@ -142,6 +152,7 @@ class HuggingFaceForm(LibraryForm):
         yield from super().write_companions(folder)
         with suppress(OSError):  # not every model has one, and it may be gone
             _transformers().GenerationConfig.from_pretrained(self.spec.model.hf).save_pretrained(folder)
+            _tell("generation settings", self.spec.model.hf)
 
     def convert(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         return name.removeprefix(ADAPTED), tensor
@@ -157,17 +168,37 @@ class HuggingFaceForm(LibraryForm):
         yield self.model(tokens, targets), expected
 
 
+def _require_fit(source: Any, reader: Reader) -> None:
+    """By shapes alone: a spec can ask for any size."""
+    import torch
+
+    with torch.device("meta"):
+        wrong = next(misfits(source.skeleton(), OfCheckpoint(reader)), None)
+    if wrong is not None:
+        raise RequestError(
+            f"the checkpoint's state.json has a spec of another model than its weights: found {wrong}; "
+            "nothing was written. Its weights as they are: --to safetensors"
+        )
+
+
+def _tell(what: str, place: str | None) -> None:
+    """The checkpoint says where; who exports it is to know."""
+    print(f"note: {what} copied from {place}, which the checkpoint's spec names", file=sys.stderr)
+
+
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def library_form(spec: Spec, data_vocab_size: int, folder: Path | None = None) -> LibraryForm:
-    """RequestError when the library has no such model."""
+def library_form(
+    spec: Spec, data_vocab_size: int, folder: Path | None = None, reader: Reader | None = None
+) -> LibraryForm:
+    """RequestError when the library has no such model, or it is not that of the weights in `reader`."""
     _transformers()
     if spec.model.preset is not None:
-        return PresetForm(spec, data_vocab_size)
+        return PresetForm(spec, data_vocab_size, reader=reader)
     if spec.model.hf is not None:
-        return HuggingFaceForm(spec, data_vocab_size, folder)
+        return HuggingFaceForm(spec, data_vocab_size, folder, reader)
     raise RequestError(
         f"model.factory {spec.model.factory} is no model of Hugging Face's; use --to safetensors"
     )
