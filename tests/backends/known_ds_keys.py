@@ -52,6 +52,13 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "torch_autocast.dtype": {"enum": ["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"]},
     "torch_autocast.lower_precision_safe_modules": {"type": "array", "items": {"type": "string"}},
     "activation_checkpointing.number_checkpoints": {"type": "integer", "minimum": 1},
+    "flops_profiler.enabled": {"type": "boolean", "default": False},
+    "flops_profiler.recompute_fwd_factor": {"type": "number", "default": 0.0, "minimum": 0},
+    "flops_profiler.profile_step": {"type": "integer", "default": 1, "minimum": 1},
+    "flops_profiler.module_depth": {"type": "integer", "default": -1, "minimum": -1},
+    "flops_profiler.top_modules": {"type": "integer", "default": 1, "minimum": 1},
+    "flops_profiler.detailed": {"type": "boolean", "default": True},
+    "flops_profiler.output_file": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
     "data_types.grad_accum_dtype": {"enum": ["fp32", "fp16", "bf16"]},
     "data_types.param_dtype": {"enum": ["fp32", "fp16", "bf16"]},
     "data_types.buffer_dtype": {"enum": ["fp32", "fp16", "bf16"]},
@@ -93,11 +100,8 @@ WHOLE = (
     "compile",
     "tensor_parallel",
     "expert_parallel",
-    "timers",
     "datastates_ckpt",
-    "flops_profiler",
     "zero_optimization.zenflow",
-    "zero_optimization.leaf_module",
 )
 """Blocks of which only the name is listed."""
 
@@ -144,7 +148,7 @@ def asked_keys() -> set[str]:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     log: set[str] = set()
-    blocks = ("activation_checkpointing", "aio", "data_types")
+    blocks = ("activation_checkpointing", "aio", "data_types", "flops_profiler")
     config = {name: Asked({}, f"{name}.", log) for name in blocks}
     DeepSpeedConfig(Asked({"train_batch_size": 1, **config}, "", log))
     return log
@@ -155,6 +159,7 @@ def modelled() -> dict[str, type[BaseModel]]:
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
     return {
         "zero_optimization": DeepSpeedZeroConfig,
@@ -165,6 +170,7 @@ def modelled() -> dict[str, type[BaseModel]]:
         "wandb": WandbConfig,
         "csv_monitor": CSVConfig,
         "comet": CometConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
     }
 
 
@@ -202,7 +208,8 @@ def field_schema(field: FieldInfo) -> dict[str, Any]:
             if hasattr(bound, attribute):
                 schema[word] = getattr(bound, attribute)
     whole = schema if len(options) == 1 else {"anyOf": [schema, {"type": "null"}]}
-    default = field.default.value if isinstance(field.default, Enum) else field.default
+    given = field.get_default(call_default_factory=True)
+    default = given.value if isinstance(given, Enum) else given
     return {**whole, "default": int(default) if schema.get("type") == "integer" else default}
 
 

@@ -295,6 +295,9 @@ def test_sgd_needs_fewer_buffers_than_adam() -> None:
         ("zero.round_robin_gradient", "zero_optimization.round_robin_gradients"),
         ("zero_optimisation.reduce_bucket_size", "zero_optimization.reduce_bucket_size"),
         ("aio.queue_dept", "aio.queue_depth"),
+        ("flops_profiler.enabledd", "flops_profiler.enabled"),
+        ("timers.throughput.synchronised", "timers.throughput.synchronized"),
+        ("zero_optimization.leaf_module.name", "zero_optimization.leaf_module.names"),
     ],
 )
 def test_a_typo_gets_the_nearest_key(key: str, meant: str) -> None:
