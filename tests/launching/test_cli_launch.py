@@ -243,6 +243,14 @@ def test_slurm_script_resumes_one_run_into_the_directory_of_another(tmp_path: Pa
     assert f" --nproc 4 --resume {out} --nodes" in again
 
 
+def test_a_slurm_job_has_one_word_for_a_name(tmp_path: Path) -> None:
+    (tmp_path / "my run; $x.v2.yaml").write_text(SPEC)
+    words = ["--slurm", "--nodes", "2", "--nproc", "2", "--out", "a"]
+    result = CliRunner().invoke(main, ["launch", str(tmp_path / "my run; $x.v2.yaml"), *words])
+    assert result.exit_code == 0, result.stderr
+    assert "#SBATCH --job-name=my-run---x.v2\n" in result.stdout
+
+
 # --- one answer for all hosts ------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def slurm_script(request: Request, nodes: int, port: int, folder: Path) -> str:
     places = {"--resume": request.resume, "--out": request.out}
     first = [word for name, place in places.items() if place for word in (name, str(place))]
     return SCRIPT.format(
-        name=request.spec_path.stem,
+        name=re.sub(r"[^\w.-]", "-", request.spec_path.stem),
         nodes=nodes,
         warn=WARN_SECONDS,
         folder=shlex.quote(str(folder)),
