@@ -77,7 +77,8 @@ def test_deepspeed_gets_one_command_and_is_told_to_add_no_option_of_its_own(tmp_
     ("words", "message"),
     [
         (["--print"], "a run on several hosts needs --out, a folder that all of them see"),
-        (["--slurm", "--out", "a"], "where to? Give either --hosts FILE or --slurm"),
+        (["--slurm", "--out", "a"], "expected one of --hosts and --slurm, found --hosts and --slurm"),
+        (["--nodes", "2", "--out", "a"], "--nodes says nothing with --hosts; it belongs to --slurm"),
         (["--nproc", "3", "--out", "a"], "--nproc 3 contradicts "),
         (["--set", "batch.global=6", "--out", "a"], "--set batch.global=6"),
         (
@@ -98,6 +99,8 @@ def test_what_cannot_be_launched_is_refused(tmp_path: Path, words: list[str], me
         (["--nproc", "4", "--out", "a"], "--slurm needs --nodes, the number of hosts"),
         (["--nproc", "4", "--nodes", "3", "--out", "a"], "4 processes on 3 nodes: expected a multiple of 3"),
         (["--nproc", "4", "--nodes", "2"], "needs --out, a folder that all of them see"),
+        (["--with", "torchrun"], "--with says nothing with --slurm; it belongs to --hosts"),
+        (["--ssh", "ssh -p 2222"], "--ssh says nothing with --slurm; it belongs to --hosts"),
     ],
 )
 def test_a_script_that_could_not_run_is_not_written(tmp_path: Path, words: list[str], message: str) -> None:

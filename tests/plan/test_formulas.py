@@ -160,7 +160,7 @@ def test_the_largest_figures_are_still_json() -> None:
         (("spec.yaml", "--seq", "128"), "--seq says nothing with SPEC"),
         (
             ("--advise", "--formula", "zero"),
-            "expected one of SPEC, --formula NAME and --advise, found --formula and --advise",
+            "expected one of SPEC, --formula and --advise, found --formula and --advise",
         ),
         ((), "found none of them"),
     ],

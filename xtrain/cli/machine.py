@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from xtrain.cli.modes import require_one_mode
 from xtrain.cli.options import BACKEND, JSON, SET
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from xtrain.plan.formulas import FORMULAS
@@ -139,9 +139,8 @@ def plan(
     """
     from xtrain.plan import command as room
 
-    _require_one_question(
-        context, {"SPEC": spec is not None, "--formula": formula is not None, "--advise": advise}
-    )
+    asked = {"SPEC": spec is not None, "--formula": formula is not None, "--advise": advise}
+    require_one_mode(context, MODES, asked)
     if spec is not None:
         world = None if gpus is None and nodes == 1 else (gpus or 1) * nodes
         click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
@@ -156,19 +155,3 @@ def plan(
             **question,
         )
     )
-
-
-def _require_one_question(context: click.Context, asked: dict[str, bool]) -> None:
-    """And no option that belongs to another one."""
-    modes = [mode for mode, is_asked in asked.items() if is_asked]
-    if len(modes) != 1:
-        found = " and ".join(modes) or "none of them"
-        raise RequestError(f"xtrain plan: expected one of SPEC, --formula NAME and --advise, found {found}")
-    for option in context.command.params:
-        name = option.name or ""
-        if name not in MODES[modes[0]] and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            others = " or ".join(mode for mode, known in MODES.items() if name in known)
-            raise RequestError(
-                f"xtrain plan: {option.opts[0]} says nothing with {modes[0]}; it belongs to {others}: "
-                "leave it out"
-            )

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import click
 
+from xtrain.cli.modes import require_one_mode
 from xtrain.cli.options import ALLOW_CHANGED, BACKEND, RESTARTS, RESUME, SET, SPEC, STOP_AFTER
-from xtrain.errors import RequestError
 
 LAUNCHERS = ("xtrain", "torchrun", "deepspeed")
+EITHER = {
+    *("spec", "backend", "overrides", "out", "resume", "allow_changed", "stop_after", "max_restarts"),
+    *("nproc", "port", "show"),
+}
+MODES = {"--hosts": {*EITHER, "hostfile", "launcher", "ssh"}, "--slurm": {*EITHER, "slurm", "nodes"}}
+"""Where `launch` starts a run, and the parameters of each way."""
 
 
 @click.command()
@@ -80,7 +86,10 @@ def run(
 @click.option("--with", "launcher", type=click.Choice(LAUNCHERS), default="xtrain", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=29400, show_default=True)
 @click.option("--ssh", metavar="COMMAND", help="Instead of `ssh -o BatchMode=yes`; also for this host.")
+@click.pass_context
 def launch(
+    context: click.Context,
+    /,
     spec: Path,
     backend: str,
     overrides: tuple[str, ...],
@@ -105,9 +114,8 @@ def launch(
     from xtrain.launching.several import on_hosts, on_slurm
     from xtrain.request import Request
 
+    require_one_mode(context, MODES, {"--hosts": hostfile is not None, "--slurm": slurm})
     request = Request(spec, backend, out, nproc, overrides, resume, allow_changed, stop_after, max_restarts)
-    if slurm == (hostfile is not None):
-        raise RequestError("where to? Give either --hosts FILE or --slurm")
     if hostfile is None:
         click.echo(on_slurm(request, nodes, port), nl=False)
         return
