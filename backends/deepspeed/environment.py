@@ -159,7 +159,7 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
     logger.setLevel(logging.ERROR)  # only now: importing deepspeed sets it
     if not dist.is_initialized():
         for folder in folders():
-            clear_stale_locks(folder, say)
+            clear_stale_locks(folder, job.world == job.local_world, say)
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
             backend = COLLECTIVES[device.type]
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
