@@ -85,6 +85,7 @@ def test_deepspeed_gets_one_command_and_is_told_to_add_no_option_of_its_own(tmp_
             ["--with", "deepspeed", "--max-restarts", "2", "--out", "a"],
             "the deepspeed launcher restarts nothing",
         ),
+        (["--with", "deepspeed", "--out", "a"], "give --print and start what is printed yourself"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
@@ -158,6 +159,15 @@ def test_hosts_that_cannot_be_reached_at_all_are_told_by_name(tmp_path: Path) ->
     result = launch(tmp_path, "--out", "a", "--ssh", "false")
     assert result.exit_code == 1
     assert sorted(result.stderr.splitlines()) == [f"gpu{n} ended with exit code 1" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("launcher", ["xtrain", "torchrun"])
+def test_what_is_started_on_a_host_ends_with_the_line_to_it(
+    launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, "--out", "a", "--with", launcher, "--ssh", "echo").exit_code == 0
+    commands = capfd.readouterr().out.splitlines()
+    assert [command.split()[-1] for command in commands] == ["--leash", "--leash"]
 
 
 def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path) -> None:

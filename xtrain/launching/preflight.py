@@ -211,7 +211,10 @@ class Meeting:
         self._store.set("failed", json.dumps([error.exit_code, message]))
 
     def add_up(self) -> None:
-        """The all-reduce that every step needs, on its own: what fails here is the network."""
+        """The all-reduce that every step needs, on its own: what fails here is the network.
+
+        By gloo, on the CPU and the hosts' network. What the engine uses between GPUs is not tried here.
+        """
         import torch
         import torch.distributed as dist
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]

@@ -53,6 +53,11 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
     request = replace(request, processes=world)
     if launcher == "deepspeed" and request.max_restarts:
         raise RequestError("--max-restarts: the deepspeed launcher restarts nothing; use --with xtrain")
+    if launcher == "deepspeed" and not show:
+        raise RequestError(
+            "--with deepspeed: its launcher cannot be told from here to save and end; give --print and start "
+            "what is printed yourself, or use --with xtrain"
+        )
     start_id = secrets.token_hex(4)
     if launcher == "deepspeed":
         commands = {"any host": deepspeed_command(request, hosts, port, hostfile)}
@@ -63,10 +68,7 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
         for host, command in commands.items():
             print(f"# on {host}\n{on_host(command, Path.cwd())}")
         return EXIT_DONE
-    if launcher == "deepspeed":
-        return Remote({"localhost": on_host(commands["any host"], Path.cwd())}, None).wait()
-    leash = ["--leash"] if launcher == "xtrain" else []
-    lines = {host: on_host([*command, *leash], Path.cwd()) for host, command in commands.items()}
+    lines = {host: on_host([*command, "--leash"], Path.cwd()) for host, command in commands.items()}
     code = Remote(lines, remote_shell).wait()
     if code != EXIT_DONE and (run_directory(request) / "resolved.json").exists():
         again = _again(request, hostfile, port, ssh)
