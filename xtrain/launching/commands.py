@@ -41,7 +41,8 @@ def torchrun_commands(
     common += ["--rdzv-endpoint", f"{hosts[0].name}:{port}", "--rdzv-id", start_id]
     # Without the second, workers of a restart meet in a store with the addresses of those that died.
     variables = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
-    program = ["-m", "xtrain", *replace(request, max_restarts=0).arguments()]
+    # Else torchrun takes --nproc for a short form of two options of its own.
+    program = ["-m", "--", "xtrain", *replace(request, max_restarts=0).arguments()]
     return {
         host.name: [
             *variables,
