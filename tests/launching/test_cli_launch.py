@@ -57,13 +57,19 @@ def test_every_host_is_told_all_processes_where_to_meet_and_its_own_address(tmp_
 
 
 def test_torchrun_is_told_that_the_first_host_serves(tmp_path: Path) -> None:
+    from torch.distributed.run import parse_args
+
     commands = printed(tmp_path, "--with", "torchrun", "--port", "29500")
     served = {host: option(words, "--rdzv-conf") for host, words in commands.items()}
     assert served == {"gpu1": "is_host=1", "gpu2": "is_host=0"}
     for words in commands.values():
         assert option(words, "--rdzv-endpoint") == "gpu1:29500"
         assert option(words, "--nproc-per-node") == "2"
-        assert words[words.index("xtrain") - 1 : words.index("xtrain") + 2] == ["-m", "xtrain", "run"]
+        torchrun = parse_args(
+            words[words.index("torch.distributed.run") + 1 :]
+        )  # it could mistake ours for its own
+        assert (torchrun.module, torchrun.training_script) == (True, "xtrain")
+        assert option(torchrun.training_script_args, "--nproc") == "4"
 
 
 def test_deepspeed_gets_one_command_and_is_told_to_add_no_option_of_its_own(tmp_path: Path) -> None:
