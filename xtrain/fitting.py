@@ -26,9 +26,11 @@ HISTORY = "memory.json"
 class TooMuch(Exception):
     """The device was full, and there is a rung below: the run in `directory` goes on there."""
 
-    def __init__(self, message: str, directory: Path) -> None:
+    def __init__(self, message: str, directory: Path, begun: bool) -> None:
         super().__init__(message)
         self.directory = directory
+        self.begun = begun
+        """Whether the run directory was filled: else the same request is made again, in there."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Fitted:
         told = [f"memory: auto: {one.rung} was too much: {one.why}" for one in self.failures]
         return [*told, f"memory: auto: trains with {self.rung.name}: {self.reason}"]
 
-    def too_much(self, full: OutOfMemory, saved_step: int | None, directory: Path) -> TooMuch:
+    def too_much(self, full: OutOfMemory, saved_step: int | None, directory: Path, *, begun: bool) -> TooMuch:
         """Word of it is left in the run directory, for whoever goes on there."""
         add_failure(directory, Failure(self.rung.name, str(full), saved_step))
         where = "step 0 or the last checkpoint" if saved_step is None else f"step {saved_step}"
-        return TooMuch(f"{full}, with {self.rung.name}; it goes on from {where} with less", directory)
+        return TooMuch(f"{full}, with {self.rung.name}; it goes on from {where} with less", directory, begun)
 
     def noted(self, resolved: Resolved) -> Resolved:
         """With what was chosen, and why, in its notes and settings."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from xtrain.checkpoints.format import complete_checkpoints, is_checkpoint_name
-from xtrain.checkpoints.select import set_aside, set_aside_after
+from xtrain.checkpoints.format import CheckpointError, complete_checkpoints, is_checkpoint_name
+from xtrain.checkpoints.select import Selected, select, set_aside, set_aside_after
 from xtrain.contract import Resolved
 from xtrain.errors import RequestError
 from xtrain.fitting import TooMuch
@@ -42,10 +42,38 @@ def fill(
             "settings": resolved.settings,
             "notes": list(resolved.notes),
             "start": start_id(),
+            "began_from": _elsewhere(directory, begin),
         },
     )
     for name, content in resolved.files.items():
         write_json(directory.path / name, content)
+
+
+def _elsewhere(directory: RunDirectory, begin: Start) -> str | None:
+    """The checkpoint that this run begins from, where it is another run's: `go_on_from` needs it."""
+    if begin.checkpoint is None:
+        return None
+    path = begin.checkpoint.path.resolve()
+    return None if path.parent == directory.checkpoints.resolve() else str(path)
+
+
+def go_on_from(resume: Path, hashes: bool) -> Selected:
+    """What `select` finds; where a run has no checkpoint yet, the one of another run that it began from.
+
+    Raises CheckpointError as `select` does, and where that other checkpoint is gone or damaged.
+    """
+    found = select(resume, hashes)
+    run = run_of(resume)
+    origin = None if found.checkpoint else _written_down(run, "began_from")
+    if origin is None:
+        return found
+    try:
+        return select(Path(origin), hashes)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{run} has no checkpoint yet and began from another run's, which cannot be gone on from:\n"
+            f"  {error}\n  Bring it back, or begin anew: --resume CHECKPOINT --out DIR"
+        ) from error
 
 
 def going_on(request: Request) -> Request:
@@ -70,8 +98,13 @@ def start_id() -> str | None:
 
 def _begun_by(path: Path) -> str | None:
     """The start that this run directory was last filled for."""
+    return _written_down(path, "start")
+
+
+def _written_down(path: Path, key: str) -> str | None:
+    """A word of this run directory's resolved.json; None where it has none."""
     with suppress(OSError, ValueError, AttributeError):
-        found = json.loads((path / "resolved.json").read_text(encoding="utf-8")).get("start")
+        found = json.loads((path / "resolved.json").read_text(encoding="utf-8")).get(key)
         return found if isinstance(found, str) else None
     return None
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from xtrain import registry
 from xtrain.checkpoints.format import CheckpointError
-from xtrain.checkpoints.select import select
 from xtrain.choose import AUTO, Choice, choose
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
@@ -19,7 +18,13 @@ from xtrain.launching.job import join
 from xtrain.launching.launch import start_workers
 from xtrain.launching.preflight import ADDRESS, told_to_others
 from xtrain.launching.worker import register
-from xtrain.prepare import RUN_DIRECTORY, is_new, open_directory, run_directory
+from xtrain.prepare import (
+    RUN_DIRECTORY,
+    go_on_from,
+    is_new,
+    open_directory,
+    run_directory,
+)
 from xtrain.records.rundir import RunDirectory
 from xtrain.records.trackers import require_installed
 from xtrain.request import Request
@@ -96,7 +101,7 @@ def _launch(request: Request, backend: str, world: int) -> int:
     elif request.hosts.address:
         environ[ADDRESS] = request.hosts.address
     while True:
-        failures = len(read_history(directory.path))
+        failures, filled_before = len(read_history(directory.path)), _filled_at_ns(directory)
         arguments = request.worker_arguments(backend, world)
         ended = start_workers(
             arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
@@ -105,7 +110,8 @@ def _launch(request: Request, backend: str, world: int) -> int:
         if not (began and lower_after(ended, directory.path, failures)):
             break
         print(f"note: {ended.message}\nnote: it begins again with less memory", file=sys.stderr, flush=True)
-        request = replace(request, resume=directory.path, out=None)
+        if _filled_at_ns(directory) != filled_before:  # else it has not yet gone back to what --resume names
+            request = replace(request, resume=directory.path, out=None)
     if not began and not request.hosts and is_new(directory, request):
         shutil.rmtree(directory.path, ignore_errors=True)
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED) and not ended.message:
@@ -117,6 +123,13 @@ def _launch(request: Request, backend: str, world: int) -> int:
     if ended.code == EXIT_INTERRUPTED and began:
         raise Interrupted(ended.code, message)
     raise (RequestError if ended.code == EXIT_REQUEST else RunFailed)(message)
+
+
+def _filled_at_ns(directory: RunDirectory) -> int | None:
+    """When the last attempt that began wrote down what it does; None where there was none."""
+    with suppress(OSError):
+        return directory.resolved.stat().st_mtime_ns
+    return None
 
 
 def _share(request: Request, world: int) -> tuple[RunDirectory, int]:
@@ -137,6 +150,6 @@ def _share(request: Request, world: int) -> tuple[RunDirectory, int]:
 def _early_exit_code(request: Request, code: int) -> int:
     """Where the same command goes on from a checkpoint, a scheduler may give it again."""
     with suppress(CheckpointError):
-        if request.resume and select(request.resume, hashes=False).checkpoint:
+        if request.resume and go_on_from(request.resume, hashes=False).checkpoint:
             return EXIT_INTERRUPTED
     return code

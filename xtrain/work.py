@@ -13,7 +13,7 @@ from time import perf_counter
 
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer, restore
-from xtrain.checkpoints.select import Selected, require_folder, select
+from xtrain.checkpoints.select import Selected, require_folder
 from xtrain.choose import Choice
 from xtrain.contract import Backend, Counter, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
@@ -33,6 +33,7 @@ from xtrain.plan.predict import predict
 from xtrain.prepare import (
     discarded_on_refusal,
     fill,
+    go_on_from,
     going_on,
     is_new,
     open_directory,
@@ -62,22 +63,30 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
     """
     say(job.rank == 0, f"backend {choice.backend.name}: {choice.reason}")
     request = going_on(request)
+    made = None
     while True:
         try:
-            return _attempt(request, spec, choice, job, stop)
+            return _attempt(request, spec, choice, job, stop, made)
         except TooMuch as full:
             say(job.rank == 0, f"note: {full}")
-            request = replace(request, resume=full.directory, out=None)
+            made = RunDirectory(full.directory)
+            if full.begun:  # else it has not yet what it goes on from
+                request = replace(request, resume=full.directory, out=None)
         gc.collect()  # the engine, whose parts know each other
 
 
-def _attempt(request: Request, given: Spec, choice: Choice, job: Job, stop: StopRequest) -> int:
-    """From the data to the record, with one set of techniques. TooMuch where there is one below it."""
+def _attempt(
+    request: Request, given: Spec, choice: Choice, job: Job, stop: StopRequest, made: RunDirectory | None
+) -> int:
+    """From the data to the record, with one set of techniques. TooMuch where there is one below it.
+
+    `made` is the directory of an attempt before this one.
+    """
     first = job.rank == 0
     with told_to_others(job):
         if request.resume:
             require_folder(request.resume)  # before anything that takes time
-        directory = open_directory(request) if first else None
+        directory = (made or open_directory(request)) if first else None
         fitted = _fit(request, given, choice, job, directory) if given.memory == "auto" else None
     spec = fitted.rung.spec if fitted else given
     guards = Guards(spec.stability) if spec.stability else None
@@ -133,7 +142,7 @@ def _less(fitted: Fitted | None, job: Job, directory: RunDirectory | None) -> It
         yield
     except OutOfMemory as full:
         if fitted and fitted.lower and directory and job.world == 1:
-            raise fitted.too_much(full, None, directory.path) from None
+            raise fitted.too_much(full, None, directory.path, begun=False) from None
         raise
 
 
@@ -183,7 +192,7 @@ def _select(request: Request, first: bool) -> Selected:
     """The checkpoint that is asked for; damaged ones that were passed over are named."""
     if request.resume is None:
         return Selected(None)
-    selected = select(request.resume, hashes=first)
+    selected = go_on_from(request.resume, hashes=first)
     for _, reason in selected.damaged:
         say(first, f"warning: {reason}")
     if selected.checkpoint is None:
@@ -302,7 +311,7 @@ class Run:
     def _begin_again(self, fitted: Fitted, full: OutOfMemory, loop: Loop) -> None:
         """One rung down; among several processes, the others wait for this one: the launcher begins again."""
         path = self.directory.path if self.directory else run_directory(self.request)
-        less = fitted.too_much(full, loop.saved_when_full, path)
+        less = fitted.too_much(full, loop.saved_when_full, path, begun=True)
         if self.job.world == 1:
             raise less
 

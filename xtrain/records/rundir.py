@@ -24,7 +24,10 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The files of one run. Complete and portable: nothing in it points outside."""
+    """The files of one run. Complete and portable: nothing in it points outside.
+
+    But for a run that went on from another one's checkpoint, until its own first save.
+    """
 
     path: Path
 
