@@ -138,6 +138,7 @@ def test_a_model_of_the_library_goes_back_to_it(llama: Path, tmp_path: Path, dty
     result = command("export", llama / "out", "--to", "hf", "--dtype", dtype, "--out", tmp_path / "hf")
     assert "loaded by transformers: largest difference of a logit from ours " in result.stdout
     assert "not carried: the tokenizer: the library has none like data.tokenizer bytes" in result.stdout
+    assert f"note: generation settings copied from {llama}/llama, which " in result.stderr
     model, _ = loaded(tmp_path / "hf")
     assert model.config.architectures == ["LlamaForCausalLM"]
     assert model.config.use_cache
