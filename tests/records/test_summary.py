@@ -63,6 +63,23 @@ def test_a_step_s_categories_are_those_of_the_fullest_rank_at_each_place() -> No
     assert found["memory, a step on cpu"] == "3.0 MiB: parameters 1.0 MiB, activations 2.0 MiB"
 
 
+def test_a_prediction_has_an_error_where_the_optimizer_s_state_was_there_to_be_measured() -> None:
+    """Updates count from 1: a fresh run's first is none, a resumed run's may be."""
+    said = {"peak_bytes": {"cpu": {"parameters": MIB, "optimizer": 2 * MIB}}}
+    held = {"cpu": {"parameters": MIB, "optimizer": MIB}}
+    found = [
+        rows(
+            memory=[sample_memory().model_copy(update={"step_peaks": StepPeaks(step=step, peaks=held)})],
+            predicted=said,
+        )["memory, as predicted"]
+        for step in (1, 2)
+    ]
+    assert found == [
+        "3.0 MiB: parameters 1.0 MiB, optimizer 2.0 MiB",
+        "3.0 MiB (+50.0%): parameters 1.0 MiB, optimizer 2.0 MiB",
+    ]
+
+
 def test_a_failure_and_skipped_steps_are_shown_on_one_line() -> None:
     steps = [*sample_steps(2), StepRecord(3, float("nan"), 1e-3, None, 10, 0.1, True)]
     found = rows(steps=steps, status="failed", failure="disk full\nwhat to do")

@@ -186,6 +186,14 @@ def test_a_prediction_is_held_against_what_was_measured_at_every_place() -> None
     ]
 
 
+def test_a_first_update_is_not_held_against_a_prediction() -> None:
+    held = memory().model_copy(update={"step_peaks": StepPeaks(step=1, peaks={"cpu": {"parameters": MIB}})})
+    odd = run(memory=[held], predicted={"peak_bytes": {"cpu": {"parameters": MIB, "optimizer": 2 * MIB}}})
+    found = figures(compared(lane("a", odd)), "a")
+    assert found.step_peaks == {"cpu": {"parameters": MIB}}
+    assert found.predicted == {}
+
+
 def test_a_lane_on_the_host_is_compared_where_it_computes() -> None:
     """300 MiB on the host are its device's; the other lane's host bytes have nothing to meet."""
     found = verdict(compared(lane("a"), lane("b", run(memory=[on_device(200, 400)]))), "memory")

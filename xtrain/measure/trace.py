@@ -17,7 +17,8 @@ FIRST_TRACED_STEP = 5
 """0-based; past the steps in which allocators and caches settle."""
 
 AUDITED_STEPS = 2
-"""The first has no optimizer state yet, but is where most runs that do not fit end."""
+"""The first has no optimizer state yet, but is where most runs that do not fit end. A run of two updates
+traces its second, so that only its first is audited."""
 
 _NOTHING = nullcontext()
 

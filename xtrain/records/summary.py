@@ -102,6 +102,11 @@ def fullest_step(ranks: Sequence[RankMemory]) -> dict[str, dict[str, int]]:
     return fullest
 
 
+def has_optimizer_state(ranks: Sequence[RankMemory]) -> bool:
+    """Whether the steps of `fullest_step` are like those that are predicted: no run's first update."""
+    return all(rank.step_peaks.step > 1 for rank in ranks if rank.step_peaks)
+
+
 def predicted_at(place: str, predicted: Predicted | None) -> Mapping[str, int] | None:
     """By category; all processes are alike, so another one's device of the same kind will do."""
     peaks = (predicted.peak_bytes if predicted else None) or {}
@@ -173,12 +178,13 @@ def _memory(ranks: Sequence[RankMemory], key: str) -> str:
 
 
 def _step_peaks(record: RunRecord) -> list[tuple[str, str]]:
-    """Of each place what a step held, and below it what was predicted."""
+    """Of each place what a step held, and below it what was predicted; its error where they are alike."""
     rows, predicted = [], prediction(record)
+    alike = has_optimizer_state(record.memory)
     for place, held in fullest_step(record.memory).items():
         rows.append((f"memory, a step on {clean(place)}", format_categories(held)))
         if said := predicted_at(place, predicted):
-            rows.append(("memory, as predicted", format_prediction(said, sum(held.values()))))
+            rows.append(("memory, as predicted", format_prediction(said, sum(held.values()) if alike else 0)))
     if predicted is not None and predicted.peak_bytes is None:
         rows.append(("memory, as predicted", f"not predicted: {clean(predicted.reason or '')}"))
     return rows

@@ -12,7 +12,14 @@ from xtrain.measure.flops import field_speed
 from xtrain.measure.speed import PHASES, Speed, TimeSplit, imbalance
 from xtrain.records.metrics import StepRecord
 from xtrain.records.record import MatmulFacts, RankMemory, RunRecord, prediction
-from xtrain.records.summary import COUNTERS, busy_together, fullest_step, largest, predicted_at
+from xtrain.records.summary import (
+    COUNTERS,
+    busy_together,
+    fullest_step,
+    has_optimizer_state,
+    largest,
+    predicted_at,
+)
 from xtrain.report.agreement import (
     Agreement,
     Difference,
@@ -106,8 +113,8 @@ def _matmul(found: MatmulFacts | None) -> MatmulFacts | None:
 
 
 def _predicted(record: RunRecord, places: Sequence[str]) -> dict[str, dict[str, int]]:
-    """By place and category; without those where nothing was predicted."""
-    said = prediction(record)
+    """By place and category; without those where nothing was predicted that can be held against a step."""
+    said = prediction(record) if has_optimizer_state(record.memory) else None
     found = {place: _categories(predicted_at(place, said)) for place in places}
     return {place: held for place, held in found.items() if held}
 
