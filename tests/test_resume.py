@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+import xtrain.prepare
 from tests import mounts
 from tests.checkpoints.test_commands import command
 from tests.small_runs import SPEC, checkpoints, metrics, run, steps, weights
@@ -429,6 +431,33 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
     assert run(tmp_path, "--resume", out).exit_code == 0
     assert steps(out) == ALL
     assert checkpoints(out) == [5, 8, 12]
+
+
+def test_going_back_that_is_cut_short_leaves_a_run_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    before = metrics(out)
+    older = out / "checkpoints" / "step-00000004"
+    for name in ("set_aside_after", "truncate_after"):
+        with monkeypatch.context() as dies:
+            owner = MetricsLog if name == "truncate_after" else xtrain.prepare
+            dies.setattr(owner, name, lambda *_: sys.exit(9))
+            assert run(tmp_path, "--resume", older).exit_code == 9
+        assert metrics(out) == before
+        assert run(tmp_path, "--resume", out, "--stop-after", checkpoints(out)[-1]).exit_code == 0
+    assert steps(out) == [1, 2, 3, 4]
+    assert checkpoints(out) == [4]
+
+
+def test_where_lines_are_missing_before_it_nothing_is_set_aside(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tmp_path, "--out", out)
+    log = out / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    assert run(tmp_path, "--resume", out / "checkpoints" / "step-00000004").exit_code == 2
+    assert checkpoints(out) == [4, 8, 12]
 
 
 def test_a_resumed_run_can_be_continued_elsewhere_and_leaves_the_first_as_it_is(tmp_path: Path) -> None:

@@ -144,20 +144,25 @@ def is_new(directory: RunDirectory, request: Request) -> bool:
 def _go_on(directory: RunDirectory, before: Path, begin: Start, say: Callable[[str], None]) -> None:
     """Leave of the run so far, which may be in another directory, what led up to the start."""
     log = MetricsLog(directory.metrics)
-    here = directory.path.resolve() == before.resolve()
-    complete = _cut(log, begin.step) if here else _copy(before / directory.metrics.name, log, begin.step)
+    if directory.path.resolve() == before.resolve():
+        complete = _cut(directory, log, begin, say)
+    else:
+        complete = _copy(before / directory.metrics.name, log, begin.step)
     if not complete:
         say(f"warning: there are no metrics of the steps up to {begin.step}: the record will lack them")
-    if here and (aside := set_aside([checkpoint for checkpoint, _ in begin.damaged], "damaged")):
-        say(f"damaged checkpoints are kept in {aside}")
-    if here:
-        set_aside_after(directory.checkpoints, begin.step)
 
 
-def _cut(log: MetricsLog, step: int) -> bool:
-    """Leave the lines up to `step`; returns whether there are any."""
+def _cut(directory: RunDirectory, log: MetricsLog, begin: Start, say: Callable[[str], None]) -> bool:
+    """Leave the checkpoints and lines up to the start; returns whether there are such lines.
+
+    The lines go last: a checkpoint that lost its lines could not be gone on from, if this is cut short.
+    """
     try:
-        return log.truncate_after(step)
+        log.require(begin.step)
+        if aside := set_aside([checkpoint for checkpoint, _ in begin.damaged], "damaged"):
+            say(f"damaged checkpoints are kept in {aside}")
+        set_aside_after(directory.checkpoints, begin.step)
+        return log.truncate_after(begin.step)
     except MetricsError as error:
         raise MetricsError(
             f"{error}; move it away to go on without its lines, or go on in another directory with --out"

@@ -14,6 +14,7 @@ from xtrain.checkpoints.format import (
     folder_name,
     is_checkpoint_name,
 )
+from xtrain.durable import sync
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ def set_aside_after(folder: Path, step: int) -> Path | None:
 
 
 def set_aside(checkpoints: Sequence[Checkpoint], why: str) -> Path | None:
-    """Move checkpoints of one folder into `<why>-<n>` beside them; nothing is deleted."""
+    """Move checkpoints of one folder into `<why>-<n>` beside them; nothing is deleted.
+
+    On return that is on the disk. Raises OSError.
+    """
     if not checkpoints:
         return None
     number = 1
@@ -97,6 +101,8 @@ def set_aside(checkpoints: Sequence[Checkpoint], why: str) -> Path | None:
     aside.mkdir()
     for checkpoint in checkpoints:
         checkpoint.path.rename(aside / folder_name(checkpoint.step))
+    sync(aside)
+    sync(aside.parent)
     return aside
 
 

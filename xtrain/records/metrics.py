@@ -97,8 +97,15 @@ class MetricsLog:
         """Drop the lines after `step`, whatever they are, for a run that goes on from there.
 
         Reads a few dozen lines, however many there are. Returns whether there are lines up to `step`. Raises
-        MetricsError when there are some and they end before it: then there would be a gap.
+        MetricsError as `require` does.
         """
+        return self._up_to(step, cut=True)
+
+    def require(self, step: int) -> None:
+        """Raise MetricsError where there are lines and they end before `step`: then there would be a gap."""
+        self._up_to(step, cut=False)
+
+    def _up_to(self, step: int, cut: bool) -> bool:
         self.close()
         if not self.path.exists():
             return step == 0
@@ -109,8 +116,9 @@ class MetricsLog:
                     raise MetricsError(
                         f"{self.path} ends at step {last}, before step {step} of the checkpoint"
                     )
-                file.truncate(kept_bytes)
-                flush(file.fileno())
+                if cut:
+                    file.truncate(kept_bytes)
+                    flush(file.fileno())
         except OSError as error:
             raise MetricsError(f"cannot cut {self.path}: {error.strerror}") from error
         return last == step
