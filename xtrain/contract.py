@@ -422,6 +422,14 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class DecidesLater(Protocol):
+    """An engine some of whose settings follow from the built model."""
+
+    resolved: Resolved
+    """What it was started with, and these."""
+
+
 Moment: TypeAlias = Literal["start", "step", "update", "evaluation"]
 """Where in a run: before the first step, in forward and backward, while weights change, in an evaluation."""
 WHEN: Mapping[Moment, str] = {

@@ -15,7 +15,7 @@ from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder
 from xtrain.choose import Choice
-from xtrain.contract import Backend, Counter, Job, OutOfMemory, Resolved
+from xtrain.contract import Backend, Counter, DecidesLater, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from xtrain.fitting import Fitted, TooMuch, fit
@@ -107,6 +107,7 @@ def _attempt(
                 if begin.checkpoint:
                     restore(engine, begin.checkpoint, guards, job.rank)
             later_notes = (*model.notes, *engine.notes)
+            resolved = engine.resolved if isinstance(engine, DecidesLater) else resolved
             resolved = replace(resolved, notes=(*resolved.notes, *later_notes))
             resolved = fitted.noted(resolved) if fitted else resolved
             if directory:  # only now: a request that is refused has changed nothing

@@ -42,6 +42,7 @@ from ..full import full_place
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
+from .built_sizes import UNBOUNDED, bounded, bounds_of, completed
 from .communication import communication_traced
 from .construct import bound_gathering, build
 from .drive import Drive
@@ -58,7 +59,7 @@ from .zero import offload_of, stage_of
 
 
 class DeepSpeedEngine:
-    """Implements xtrain.contract.Engine on a deepspeed.DeepSpeedEngine."""
+    """Implements xtrain.contract.Engine and DecidesLater on a deepspeed.DeepSpeedEngine."""
 
     def __init__(self, resolved: Resolved, source: ModelSource, job: Job) -> None:
         import deepspeed
@@ -78,7 +79,10 @@ class DeepSpeedEngine:
         self.data_rank, self.data_size = job.rank, job.world
         self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
         built = build(source, self.drive.config, self.stage, job)
-        self.notes: Sequence[str] = built.notes
+        bounds = bounds_of(spec, built.model)
+        self.drive.config = bounded(self.drive.config, bounds or {})
+        self.resolved = completed(resolved, bounds or {})
+        self.notes: Sequence[str] = built.notes if bounds is not None else (*built.notes, UNBOUNDED)
         self.parameter_count = built.parameter_count
         compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 SCATTERED_COPIES = 2
 """Of what leaves the bucket, while stage 3 scatters it."""
-PERSISTENT = 100_000
-"""Numbers up to which DeepSpeed keeps a parameter whole, where it is not told."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,6 @@ class Partitioned:
     state_on_host: bool
     bucket: int
     """Numbers that gradients are collected in before they are reduced."""
-    gathers_all: bool
-    """Whether stage 3 keeps what it gathered: its bounds are known for presets alone."""
 
     def held(self, step: Step, moment: Moment) -> Mapping[str, Categories]:
         held: defaultdict[str, Categories] = defaultdict(Counter)
@@ -77,9 +73,6 @@ class Partitioned:
         the stem's is gathered for each. Measured: within 1% without groups, 12% with them on a small model.
         """
         model, passes = step.model, step.accumulation
-        if self.gathers_all:  # from forward to backward; what is small, from step to step
-            stays = model.layers * model.block_parameters if model.widest <= PERSISTENT else 0
-            return passes * (model.parameters - stays) + stays
         again = sum(max(len(scope.kept) - 2, 0) for scope in step.scopes())
         blocks = max(2 * model.layers - 2, model.layers) + again
         others = model.outside_parameters - model.projection * (1 if model.tied else 2)
@@ -169,8 +162,7 @@ class Partitioned:
         else:
             live, scattered = 2 * model.block_parameters + model.widest + model.projection, 0
         if self.world > 1:  # one process has them anyway
-            live = model.parameters if self.gathers_all else min(model.parameters, live)
-            held["parameters"] += width * live
+            held["parameters"] += width * min(model.parameters, live)
         held["other"] += SCATTERED_COPIES * width * scattered
 
 
@@ -185,14 +177,14 @@ def layout_of(spec: Spec, world: int, device: str) -> Partitioned | None:
     if offload.parameters.enabled or offload.optimizer.device == "nvme":
         return None
     on_host = offload.optimizer.enabled and device != HOST
-    return Partitioned(device, stage_of(spec), world, on_host, _bucket_of(spec), pieces_of(spec) is None)
+    return Partitioned(device, stage_of(spec), world, on_host, _bucket_of(spec))
 
 
 def _bucket_of(spec: Spec) -> int:
     """As the ds_config has it."""
     override = (spec.deepspeed or {}).get(BLOCK)
     given = override.get("reduce_bucket_size") if isinstance(override, dict) else None
-    if isinstance(given, int):
-        return given
+    if isinstance(given, int | float):  # 5e8 too, as DeepSpeed's documentation writes it
+        return int(given)
     pieces = pieces_of(spec)
     return bucket_numbers(pieces) if pieces else DEFAULT_BUCKET

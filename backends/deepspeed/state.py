@@ -209,7 +209,17 @@ class Partitioned(Shards):
         kept = self.zero.persistent_parameters  # small ones stay gathered: gather them anew
         if kept:
             kept[0].partition(kept)
+        self._drop_second_pieces()
+        if kept:
             kept[0].all_gather(kept)
+
+    def _drop_second_pieces(self) -> None:
+        """What zero_hpz_partition_size keeps besides, of the weights before; gathering would prefer them.
+
+        DeepSpeed makes them anew. Its own invalidate_secondary_tensor leaves out frozen parameters.
+        """
+        for parameter in self.engine.module.parameters():
+            parameter.ds_secondary_tensor = None
 
     @contextmanager
     def _in_memory(self, group: int) -> Iterator[bool]:

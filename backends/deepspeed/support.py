@@ -62,11 +62,6 @@ def find_notes(spec: Spec) -> list[str]:
         notes += mac_notes(spec)
     if offload_of(spec).optimizer.enabled and not offload_of(spec).gradients.enabled:
         notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
-    if stage_of(spec) == 3 and spec.model.preset is None:
-        notes.append(
-            "how much is gathered at once is left at DeepSpeed's defaults: only a preset's sizes are known "
-            "beforehand"
-        )
     return notes
 
 
@@ -82,7 +77,8 @@ def find_idle(spec: Spec, world: int) -> dict[str, str]:
         found["memory.offload.activations"] = (
             "memory.offload.activations does nothing here: the device is the CPU"
         )
-    if spec.model.blocks is not None and not recomputes(spec) and not spec.train.compile:
+    works_on_blocks = recomputes(spec) or spec.train.compile or stage_of(spec) == 3
+    if spec.model.blocks is not None and not works_on_blocks:
         found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"
     if spec.manual is not None:
         found["manual"] = "the manual section is for another backend and is not used"

@@ -1,7 +1,8 @@
 """The zero_optimization and aio blocks: stage, buckets, offload.
 
-Sizes follow from the model where they can be known without building it (presets); DeepSpeed's own
-defaults, made for models of many billions, would gather all of a small one.
+Sizes follow from the model where they can be known without building it (presets; of others `built_sizes`
+takes what bounds gathering). DeepSpeed's own defaults, made for models of many billions, would gather all
+of a small one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ SMALLEST_BUCKET = 2**22
 """Elements; below it a collective costs its latency, whatever its size."""
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's own, where the model's sizes are not known beforehand."""
+PERSISTENT = 100_000
+"""Numbers up to which DeepSpeed keeps a parameter whole, where it is not told."""
 PARAMETER_BUFFERS = 4
 BLOCK = "zero_optimization"
 MODEL = ("model.hidden",)
@@ -105,21 +108,25 @@ def _buckets(pieces: Pieces) -> Iterator[Setting]:
 
 
 def _gathering(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
-    """How much stage 3 may have whole at once; gathered parameters stay below max_live_parameters."""
     if pieces is not None:
-        on_drive = spec.memory != "auto" and spec.memory.offload.parameters.device == "nvme"
-        prefetch = 0 if on_drive else pieces.block
-        rule = "0: with parameters on a drive, swap buffers run out" if on_drive else "one block ahead"
-        yield Setting(f"{BLOCK}.stage3_prefetch_bucket_size", prefetch, MODEL, rule)
-        threshold, rule = pieces.vector, "biases and norms (up to 4 h) stay whole"
-        yield Setting(f"{BLOCK}.stage3_param_persistence_threshold", threshold, MODEL, rule)
-        live = 2 * (pieces.block + pieces.largest) + pieces.vectors
-        rule = "two blocks, the largest parameter in use and one ahead, and what always stays whole"
-        yield Setting(f"{BLOCK}.stage3_max_live_parameters", live, (*MODEL, "model.vocab_size"), rule)
-        rule = "one block: kept when it is needed again that soon"
-        yield Setting(f"{BLOCK}.stage3_max_reuse_distance", pieces.block, MODEL, rule)
+        yield from gathering_bounds(spec, pieces)
     reason = "fixed: xtrain saves fp32 weights by itself"
     yield Setting(f"{BLOCK}.stage3_gather_16bit_weights_on_model_save", False, (), reason)
+
+
+def gathering_bounds(spec: Spec, pieces: Pieces) -> Iterator[Setting]:
+    """How much stage 3 may have whole at once; gathered parameters stay below max_live_parameters."""
+    on_drive = spec.memory != "auto" and spec.memory.offload.parameters.device == "nvme"
+    prefetch = 0 if on_drive else pieces.block
+    rule = "0: with parameters on a drive, swap buffers run out" if on_drive else "one block ahead"
+    yield Setting(f"{BLOCK}.stage3_prefetch_bucket_size", prefetch, MODEL, rule)
+    threshold, rule = pieces.vector, "biases and norms (up to 4 h) stay whole"
+    yield Setting(f"{BLOCK}.stage3_param_persistence_threshold", threshold, MODEL, rule)
+    live = 2 * (pieces.block + pieces.largest) + pieces.vectors
+    rule = "two blocks, the largest parameter in use and one ahead, and what always stays whole"
+    yield Setting(f"{BLOCK}.stage3_max_live_parameters", live, (*MODEL, "model.vocab_size"), rule)
+    rule = "one block: kept when it is needed again that soon"
+    yield Setting(f"{BLOCK}.stage3_max_reuse_distance", pieces.block, MODEL, rule)
 
 
 def offload_of(spec: Spec) -> Offload:

@@ -44,6 +44,13 @@ PRESET = {"preset": "gpt2-nano", "layers": 8, "hidden": 128, "heads": 4, "positi
 VOCABULARY = 257
 
 
+GATHER_LITTLE = {"zero_optimization": {"stage3_max_live_parameters": 123_456}}
+HOST_PIECES = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+"""Each host keeps all weights a second time, in pieces of its own."""
+LOADED = 0.01
+"""Every weight of OneByOne."""
+
+
 def make_spec(overrides: dict[str, Any] | None = None, model: dict[str, Any] = PRESET) -> Spec:
     return Spec.model_validate(
         {
@@ -65,7 +72,7 @@ class OneByOne:
         self.shapes = shapes
 
     def read(self, name: str, kind: StateKind) -> torch.Tensor | None:
-        return torch.full(self.shapes[name], 0.01) if kind == "weight" else None
+        return torch.full(self.shapes[name], LOADED) if kind in ("weight", "buffer") else None
 
 
 def peak_bytes(ledger: Ledger) -> int:
@@ -147,8 +154,8 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
     data = open_data(spec, show_progress=False)
     backend = registry.load("deepspeed")
     resolved = backend.resolve(spec, job.world)
-    config: Any = resolved.settings["ds_config"]
     engine: Any = backend.start(resolved, model_source(spec, data.vocab_size), job)
+    config: Any = engine.resolved.settings["ds_config"]
     model, gathered = engine.engine.module, [0] * STEPS
 
     def sample(*ignored: Any) -> None:
@@ -163,7 +170,7 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
         batches = data.micro_batches(step, engine.data_rank, engine.data_size)
         engine.train_step(StepInput(step, batches, 1e-3, data.target_tokens(step)), None, NullTrace())
     before, ledger = engine.memory().categories, Ledger(engine.holdings)
-    shapes = {name: form.shape for (name, kind), form in engine.state_layout().items() if kind == "weight"}
+    shapes = {name: form.shape for (name, _), form in engine.state_layout().items()}
     with ledger.open():
         engine.import_state(OneByOne(shapes))
     held_bytes = weights_held_between_the_passes(engine, data.micro_batches(0, engine.data_rank, 2)[0])
@@ -174,9 +181,32 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
         "allowed": config["zero_optimization"]["stage3_max_live_parameters"],
         "categories": before,
         "import_peak": peak_bytes(ledger),
+        "notes": list(engine.notes),
+        "ds_config": config["zero_optimization"],
+        "written": engine.resolved.files["ds_config.json"]["zero_optimization"],
     }
     engine.close()
     return found
+
+
+def computes_with(spec: Spec, job: Job) -> dict[str, list[float]]:
+    """Lowest and highest number of each parameter in the first forward pass after a state was loaded."""
+    data, backend = open_data(spec, show_progress=False), registry.load("deepspeed")
+    engine: Any = backend.start(backend.resolve(spec, job.world), model_source(spec, data.vocab_size), job)
+    model, seen = engine.engine.module, {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def note(module: Any, *ignored: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel():
+                seen[names[id(parameter)]] = [float(parameter.min()), float(parameter.max())]
+
+    engine.import_state(OneByOne({name: tuple(p.ds_shape) for name, p in model.named_parameters()}))
+    for module in model.modules():
+        module.register_forward_hook(note)
+    engine.evaluate(data.micro_batches(0, engine.data_rank, engine.data_size))
+    engine.close()
+    return seen
 
 
 def weights_held_between_the_passes(engine: Any, batch: Batch) -> int:
@@ -201,12 +231,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = Job(rank, rank, world, world)
+    models = kinds(Path(sys.argv[2]))
     report: dict[str, Any] = {
         "trained": train(make_spec(), job),
         "unbounded": train(make_spec(GATHER_ALL), job),
-        "constructed": {
-            kind: construct(make_spec(model=model), job) for kind, model in kinds(Path(sys.argv[2])).items()
-        },
+        "hf trained": train(make_spec(model=models["hf"]), job),
+        "factory trained": train(make_spec(GATHER_LITTLE, model=models["factory"]), job),
+        "constructed": {kind: construct(make_spec(model=model), job) for kind, model in models.items()},
+        "computes with": computes_with(make_spec(HOST_PIECES), job),  # last: its groups stay
     }
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(report))

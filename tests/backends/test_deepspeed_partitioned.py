@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from tests.backends.partitioned_worker import VOCABULARY, make_spec
+from tests.backends.partitioned_worker import GATHER_LITTLE, LOADED, VOCABULARY, make_spec
 from tests.jobs import ON_THE_CPU, run_job
 from tests.models.families import write_config
 from xtrain import registry
@@ -23,13 +23,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not USABLE.usable, reason=USA
 FP32_BYTES = 4
 LARGEST_BYTES = 4 * dimensions(make_spec()).hidden ** 2 * FP32_BYTES
 """A matrix of the feed-forward part: the largest parameter of this model."""
+LLAMA = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 
 
 def write_models(folder: Path) -> None:
     """A Llama's config, the same with weights, also under names the library alone knows, and a preset's."""
-    llama = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     for name in ("llama", "stored", "renamed"):
-        write_config(folder / name, "llama", **llama)
+        write_config(folder / name, "llama", **LLAMA)
     llama_source = model_source(make_spec(model={"hf": str(folder / "llama")}), VOCABULARY)
     named = llama_source.build().named_parameters()
     weights = {name.removeprefix("model."): weight.detach() + 1 for name, weight in named}
@@ -58,6 +58,32 @@ def test_from_the_second_step_on_no_more_is_gathered_than_the_ds_config_allows(
 ) -> None:
     trained = report["trained"]
     assert max(trained["gathered"][1:]) <= trained["allowed"] < 0.5 * trained["parameters"]
+
+
+def test_the_bounds_of_a_model_of_the_library_are_taken_from_the_built_one(report: dict[str, Any]) -> None:
+    trained = report["hf trained"]
+    assert max(trained["gathered"][1:]) <= trained["allowed"] < 0.8 * trained["parameters"]
+    assert trained["notes"] == []
+
+
+def test_the_ds_config_that_is_written_has_the_bounds_that_are_used(report: dict[str, Any]) -> None:
+    h, between = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    block = 3 * h * h + 3 * h * between + 2 * h  # half as many heads for keys and values
+    for kind in ("hf trained", "factory trained"):
+        assert report[kind]["written"] == report[kind]["ds_config"]
+    assert report["hf trained"]["written"]["stage3_prefetch_bucket_size"] == block
+    assert report["hf trained"]["written"]["stage3_param_persistence_threshold"] == h
+
+
+def test_an_override_wins_over_the_built_model_s_sizes(report: dict[str, Any]) -> None:
+    expected = GATHER_LITTLE["zero_optimization"]["stage3_max_live_parameters"]
+    assert report["factory trained"]["allowed"] == expected
+
+
+def test_a_host_s_second_pieces_are_those_of_the_state_that_was_loaded(report: dict[str, Any]) -> None:
+    seen = report["computes with"]
+    assert len(seen) > 20
+    assert all(pair == pytest.approx([LOADED, LOADED]) for pair in seen.values()), seen
 
 
 def test_without_the_bound_everything_is_gathered_and_the_count_sees_it(report: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ BUCKET = "reduce_bucket_size"
         {},
         {"model": {"preset": "gpt2-medium"}},
         {"deepspeed": {"zero_optimization": {BUCKET: 12_345}}},
+        {"deepspeed": {"zero_optimization": {BUCKET: 2e8}}},
         {"model": {"factory": "tests.plan.test_traced:build"}},
     ],
 )
