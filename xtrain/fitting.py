@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.contract import JSON, Backend, OutOfMemory, Resolved
-from xtrain.errors import EXIT_FAILED
+from xtrain.errors import EXIT_FAILED, RunFailed
 from xtrain.launching.launch import Ended
 from xtrain.plan.auto import USABLE, Rung, predicted_bytes, rungs, sized
 from xtrain.records.rundir import write_json
@@ -118,8 +118,11 @@ def read_history(directory: Path | None) -> list[Failure]:
 
 
 def add_failure(directory: Path, failure: Failure) -> None:
-    """From now on the run in `directory` does without that rung and those above it."""
-    write_json(directory / HISTORY, [vars(one) for one in (*read_history(directory), failure)])
+    """From now on the run in `directory` does without that rung and those above it. RunFailed: it cannot."""
+    try:
+        write_json(directory / HISTORY, [vars(one) for one in (*read_history(directory), failure)])
+    except OSError as error:
+        raise RunFailed(f"{failure.why}; cannot write {directory / HISTORY}: {error.strerror}") from error
 
 
 def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:

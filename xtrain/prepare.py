@@ -13,7 +13,7 @@ from pathlib import Path
 from xtrain.checkpoints.format import CheckpointError, complete_checkpoints, is_checkpoint_name
 from xtrain.checkpoints.select import Selected, select, set_aside, set_aside_after
 from xtrain.contract import Resolved
-from xtrain.errors import RequestError
+from xtrain.errors import RequestError, RunFailed
 from xtrain.fitting import TooMuch
 from xtrain.records.metrics import MetricsError, MetricsLog
 from xtrain.records.rundir import RunDirectory, write_json, write_text
@@ -28,7 +28,19 @@ RUN_DIRECTORY = "XTRAIN_RUN_DIRECTORY"
 def fill(
     directory: RunDirectory, request: Request, resolved: Resolved, begin: Start, say: Callable[[str], None]
 ) -> None:
-    """Write down what is known before the first step. The directory must be locked."""
+    """Write down what is known before the first step. The directory must be locked.
+
+    Raises RunFailed where it cannot be written.
+    """
+    try:
+        _fill(directory, request, resolved, begin, say)
+    except OSError as error:
+        raise RunFailed(f"cannot write in {directory.path}: {error.strerror}") from error
+
+
+def _fill(
+    directory: RunDirectory, request: Request, resolved: Resolved, begin: Start, say: Callable[[str], None]
+) -> None:
     if request.resume:
         _go_on(directory, run_of(request.resume), begin, say)
     write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import math
 import os
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, BinaryIO, TypeAlias
@@ -124,9 +125,10 @@ class MetricsLog:
         return last == step
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # it tries again to write a line of which `append` has told
+                file.close()
 
 
 def _end_of(file: BinaryIO, step: int) -> tuple[int, int]:

@@ -7,13 +7,14 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from xtrain.durable import flush
-from xtrain.errors import RequestError
+from xtrain.errors import RequestError, RunFailed
 
 if TYPE_CHECKING:
     from xtrain.contract import JSON
@@ -90,24 +91,27 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one writer; RequestError when another process is.
+        """Be the one writer; RequestError when another process is, RunFailed when the disk is full.
 
         The system drops the lock when the process ends, however it ends. The file stays: a lock
         file that is removed can be locked twice.
         """
         with self._open_lock() as file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+            except OSError as error:
+                raise RunFailed(f"cannot write {self._lock_file}: {error.strerror}") from error
             try:
                 yield
             finally:
-                file.truncate(0)
+                with suppress(OSError):  # a name that stays locks nothing
+                    file.truncate(0)
 
-    def _open_lock(self) -> TextIO:
+    def _open_lock(self) -> FileIO:
         file = None
         try:
-            file = self._lock_file.open("a+")
+            file = self._lock_file.open("ab", buffering=0)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if file is not None:
