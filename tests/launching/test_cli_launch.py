@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.small_runs import SPEC
+from tests.small_runs import SPEC, checkpoints, steps
+from tests.started import ENDLESS, Started, nobody_is_left, starting  # noqa: F401
 from xtrain.cli import main
 from xtrain.launching.remote import Remote, verdict
 from xtrain.request import this_program
@@ -147,6 +150,24 @@ def test_a_drive_that_only_the_hosts_have_is_left_to_them(tmp_path: Path) -> Non
 def test_an_ssh_that_is_no_command_is_refused(tmp_path: Path, ssh: str, message: str) -> None:
     result = launch(tmp_path, "--out", "a", "--ssh", ssh)
     assert (result.exit_code, result.stderr) == (2, message)
+
+
+@pytest.mark.slow
+def test_under_torchrun_too_a_run_saves_and_ends_when_its_launch_is_told_to(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    out = tmp_path / "out"
+    where = ["--hosts", str(tmp_path / "hosts"), "--with", "torchrun", "--port", "29414", "--out", str(out)]
+    words = ["launch", str(tmp_path / "spec.yaml"), "--backend", "cpu", *ENDLESS, *where]
+    one = start([*this_program(), *words], out)
+    one.wait_for("step 6/")
+    one.send(signal.SIGTERM)
+    assert one.ended() == 1, "torchrun calls it a failure"
+    assert "SIGTERM: finishing the step and saving" in one.said()
+    assert checkpoints(out)[-1] == steps(out)[-1]
+    assert nobody_is_left(one)
 
 
 @pytest.mark.parametrize(
