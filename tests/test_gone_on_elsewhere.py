@@ -72,6 +72,23 @@ def test_where_that_is_gone_it_is_refused_and_nothing_is_lost(tmp_path: Path) ->
     assert steps(out) == ALL[:8]
 
 
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["elsewhere", "in place"])
+def test_the_printed_command_insists_on_what_changed_until_that_is_saved(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    first = whole(tmp_path)
+    out = tmp_path / "moved" if elsewhere else first
+    words: list[str | Path] = ["--resume", first / "checkpoints" / "step-00000008", "--allow-changed"]
+    words += ["--out", out] if elsewhere else []
+    lr: dict[str, Any] = {"optimizer__lr": 1e-3, "backend": "cpu"}
+    unsaved = run(tmp_path, *words, "--stop-after", 8, **lr)
+    assert unsaved.stderr.splitlines()[-1].endswith(f"--resume {out} --allow-changed")
+    assert run(tmp_path, "--resume", out, "--stop-after", 9, **lr).exit_code == 2
+    saved = run(tmp_path, "--resume", out, "--allow-changed", "--stop-after", 9, **lr)
+    assert saved.stderr.splitlines()[-1].endswith(f"--resume {out}")
+    assert run(tmp_path, "--resume", out, **lr).exit_code == 0
+
+
 def train(folder: Path, **where: Any) -> int:
     """Under `memory: auto`, in this process, as a worker does it."""
     (folder / "spec.yaml").write_text(f"{SPEC}memory: auto\n")

@@ -55,6 +55,7 @@ def _fill(
             "notes": list(resolved.notes),
             "start": start_id(),
             "began_from": _elsewhere(directory, begin),
+            "began_after": begin.step,
         },
     )
     for name, content in resolved.files.items():
@@ -77,7 +78,7 @@ def go_on_from(resume: Path, hashes: bool) -> Selected:
     found = select(resume, hashes)
     run = run_of(resume)
     origin = None if found.checkpoint else _written_down(run, "began_from")
-    if origin is None:
+    if not isinstance(origin, str):
         return found
     try:
         return select(Path(origin), hashes)
@@ -102,6 +103,13 @@ def going_on(request: Request) -> Request:
     return request
 
 
+def has_saved(directory: RunDirectory) -> bool:
+    """Whether there is a checkpoint of what was trained since the run directory was last filled."""
+    began_after = _written_down(directory.path, "began_after")
+    saved = complete_checkpoints(directory.checkpoints)
+    return isinstance(began_after, int) and bool(saved) and saved[-1].step > began_after
+
+
 def start_id() -> str | None:
     """The word that all processes of one start share, restarts included; None where torchrun has none."""
     found = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -110,14 +118,15 @@ def start_id() -> str | None:
 
 def _begun_by(path: Path) -> str | None:
     """The start that this run directory was last filled for."""
-    return _written_down(path, "start")
+    found = _written_down(path, "start")
+    return found if isinstance(found, str) else None
 
 
-def _written_down(path: Path, key: str) -> str | None:
-    """A word of this run directory's resolved.json; None where it has none."""
+def _written_down(path: Path, key: str) -> object:
+    """What this run directory's resolved.json says; None where it does not."""
     with suppress(OSError, ValueError, AttributeError):
-        found = json.loads((path / "resolved.json").read_text(encoding="utf-8")).get(key)
-        return found if isinstance(found, str) else None
+        found: object = json.loads((path / "resolved.json").read_text(encoding="utf-8")).get(key)
+        return found
     return None
 
 

@@ -63,9 +63,13 @@ class Request:
         own = replace(self, backend=backend, processes=processes, out=shared, max_restarts=0, hosts=None)
         return own.arguments()
 
-    def resume_command(self, run_directory: Path) -> str:
-        """The command line that goes on with the run in `run_directory`."""
-        again = replace(self, out=None, resume=run_directory, allow_changed=False, stop_after=None)
+    def resume_command(self, run_directory: Path, has_saved: bool) -> str:
+        """The command line that goes on with the run in `run_directory`.
+
+        Until that `has_saved` what it trains now, it goes on from a checkpoint of what was trained before.
+        """
+        insists = self.allow_changed and not has_saved
+        again = replace(self, out=None, resume=run_directory, allow_changed=insists, stop_after=None)
         return shlex.join([*this_program(), *again.arguments()])
 
     def arguments(self) -> list[str]:

@@ -21,6 +21,7 @@ from xtrain.launching.worker import register
 from xtrain.prepare import (
     RUN_DIRECTORY,
     go_on_from,
+    has_saved,
     is_new,
     open_directory,
     run_directory,
@@ -116,7 +117,8 @@ def _launch(request: Request, backend: str, world: int) -> int:
         shutil.rmtree(directory.path, ignore_errors=True)
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED) and not ended.message:
         return ended.code
-    go_on = f"\ngo on with: {request.resume_command(directory.path)}" if began else ""
+    command = request.resume_command(directory.path, has_saved(directory))
+    go_on = f"\ngo on with: {command}" if began else ""
     message = f"{ended.message}{go_on}"
     if ended.signalled:
         raise Interrupted(ended.code if began else _early_exit_code(request, ended.code), message)

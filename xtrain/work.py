@@ -35,6 +35,7 @@ from xtrain.prepare import (
     fill,
     go_on_from,
     going_on,
+    has_saved,
     is_new,
     open_directory,
     run_directory,
@@ -345,16 +346,15 @@ class Run:
         if launched():
             leave_word(self.job.rank, code, reason)  # of a failure the launcher says how to go on
         if self.directory and (code == EXIT_INTERRUPTED or not launched()):
-            go_on = self.request.resume_command(self.directory.path)
+            go_on = self.request.resume_command(self.directory.path, has_saved=False)
             print(f"error: {reason}\ngo on with: {go_on}", file=sys.stderr, flush=True)
         return EXIT_DONE if launched() and code == EXIT_INTERRUPTED else code  # as interrupted workers do
 
     def _tell(self, ended: Outcome) -> int:
         """How to go on, where there is something left to do."""
         if self.directory and ended.status in ("interrupted", "stopped"):
-            print(
-                f"go on with: {self.request.resume_command(self.directory.path)}", file=sys.stderr, flush=True
-            )
+            command = self.request.resume_command(self.directory.path, has_saved(self.directory))
+            print(f"go on with: {command}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED if ended.status == "interrupted" else EXIT_DONE
 
 
