@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def test_a_run_leaves_a_complete_directory(tmp_path: Path) -> None:
     assert resolved["spec"]["train"]["eval_every"] == 5
     assert steps(out) == list(range(1, 13))
     assert checkpoints(out) == [4, 8, 12]
+
+
+def test_what_an_engine_decided_when_it_saw_the_model_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(backend: Any, resolved: Any, model: Any, job: Any) -> Any:
+        engine = null.NullEngine()
+        engine.resolved = replace(resolved, settings={"largest": 7}, files={"own.json": {"largest": 7}})
+        return engine
+
+    monkeypatch.setattr(null.NullBackend, "start", start)
+    out = tmp_path / "out"
+    assert run(tmp_path, "--out", out).exit_code == 0
+    assert json.loads((out / "own.json").read_text()) == {"largest": 7}
+    assert json.loads((out / "resolved.json").read_text())["settings"] == {"largest": 7}
 
 
 def test_the_record_says_what_the_metrics_say(tmp_path: Path) -> None:
