@@ -130,8 +130,7 @@ KNOWN: dict[str, Schema] = {
     "zero_optimization.enable_sanity_checks": {"type": "boolean", "default": False},
     "zero_optimization.ignore_unused_parameters": {"type": "boolean", "default": True},
     "zero_optimization.leaf_module.classes": {
-        "items": {"type": "string"},
-        "type": "array",
+        "anyOf": [{"items": {"type": "string"}, "type": "array"}, {"type": "string"}],
         "default": [
             "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
             "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
@@ -139,11 +138,13 @@ KNOWN: dict[str, Schema] = {
         ],
     },
     "zero_optimization.leaf_module.name_suffixes": {
-        "items": {"type": "string"},
-        "type": "array",
+        "anyOf": [{"items": {"type": "string"}, "type": "array"}, {"type": "string"}],
         "default": [],
     },
-    "zero_optimization.leaf_module.names": {"items": {"type": "string"}, "type": "array", "default": []},
+    "zero_optimization.leaf_module.names": {
+        "anyOf": [{"items": {"type": "string"}, "type": "array"}, {"type": "string"}],
+        "default": [],
+    },
     "zero_optimization.legacy_stage1": {"type": "boolean", "default": False},
     "zero_optimization.load_from_fp32_weights": {"type": "boolean", "default": True},
     "zero_optimization.log_trace_cache_warnings": {"type": "boolean", "default": False},

@@ -77,6 +77,8 @@ LEAST = {
     "zero_optimization.zero_hpz_partition_size": 1,
 }
 """The least that makes sense, where DeepSpeed itself takes less and fails later, or does something else."""
+OR_ONE = tuple(f"zero_optimization.leaf_module.{key}" for key in ("classes", "names", "name_suffixes"))
+"""Lists in whose place DeepSpeed takes a single word."""
 FLAGS = (
     "prescale_gradients",
     "managed_gradient_accumulation",
@@ -230,6 +232,9 @@ def known_keys() -> dict[str, dict[str, Any]]:
         found |= dict(fields(model, block))
     for key, least in LEAST.items():
         found[key]["minimum"] = least
+    for key in OR_ONE:
+        schema = found[key]
+        found[key] = {"anyOf": [schema, schema["items"]], "default": schema.pop("default")}
     return found
 
 

@@ -282,6 +282,11 @@ def test_a_partition_that_divides_the_processes_is_taken(size: int) -> None:
     assert override_messages(overrides, world=4, **STAGE_3) == []
 
 
+@pytest.mark.parametrize("names", ["block", ["block", "head"]], ids=["one", "some"])
+def test_a_list_may_be_one_word_where_deepspeed_takes_it(names: str | list[str]) -> None:
+    assert override_messages(overrides_at("zero_optimization.leaf_module.names", names), **STAGE_3) == []
+
+
 def test_sgd_needs_fewer_buffers_than_adam() -> None:
     overrides = overrides_at("zero_optimization.offload_optimizer.buffer_count", 2)
     assert override_messages(overrides, optimizer={"name": "sgd", "lr": 0.1}, **SWAPPED) == []
