@@ -210,7 +210,8 @@ def held_bytes(world: int, stage: int) -> dict[str, int]:
         stage
     ]
     copies = {"master": own} if stage else {}
-    gathered = whole if stage == 3 and world > 1 else 0  # so small a model stays gathered
+    vectors = sum(size for size, matrix in sizes if not matrix)
+    gathered = vectors if stage == 3 and world > 1 else 0  # biases and norms stay gathered
     elements = {"parameters": weights + gathered, "optimizer": own, **copies}
     return {category: FP32_BYTES * count for category, count in elements.items()}
 
