@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TRIM_THRESHOLD_BYTES = 1 << 30
@@ -31,3 +32,10 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
     )
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return what is free to the system, for an attempt that needs it in other sizes."""
+    if sys.platform.startswith("linux"):
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

@@ -11,6 +11,7 @@ from functools import partial
 from math import inf
 from time import perf_counter
 
+from xtrain.allocator import give_back_freed_memory
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.checkpoints.manager import Checkpointer, restore
 from xtrain.checkpoints.select import Selected, require_folder
@@ -74,6 +75,7 @@ def work(request: Request, spec: Spec, choice: Choice, job: Job, stop: StopReque
             if full.begun:  # else it has not yet what it goes on from
                 request = replace(request, resume=full.directory, out=None)
         gc.collect()  # the engine, whose parts know each other
+        give_back_freed_memory()
 
 
 def _attempt(
