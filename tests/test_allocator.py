@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc's allocator")
 
 FAULTS = """
 import resource

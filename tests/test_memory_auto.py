@@ -301,7 +301,7 @@ def limited(folder: Path, room_bytes: int, *overrides: str) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits of a process")
 def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: Path) -> None:
     wide = (
         "model.hidden=128",

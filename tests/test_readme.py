@@ -49,7 +49,8 @@ def test_readme_shows_a_first_command_and_a_comparison() -> None:
 @pytest.mark.parametrize("words", XTRAIN_COMMANDS, ids=" ".join)
 def test_xtrain_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    main.commands[words[1]].make_context(words[1], words[2:])  # raises on what it does not know
+    context = main.commands[words[1]].make_context(words[1], words[2:])  # raises on what it does not know
+    assert context.args == []
 
 
 @pytest.mark.parametrize("words", XTRAIN_COMMANDS, ids=" ".join)

@@ -20,7 +20,7 @@ def precision(**values: Any) -> Precision:
 
 @pytest.fixture(scope="module")
 def deepspeed_scaler() -> Iterator[Any]:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed (Linux)")
     from deepspeed.runtime.fp16 import loss_scaler
 
     with pytest.MonkeyPatch.context() as patch:

@@ -105,9 +105,10 @@ def test_every_odd_value_in_a_record_is_shown_or_refused(tmp_path: Path, section
         for value in islice(values, TRIED):
             record.write_text(json.dumps(changed(RECORD, path, value)), encoding="utf-8")
             try:
-                report_of(tmp_path, sound)
+                reported = report_of(tmp_path, sound)
             except Exception as error:
                 raise AssertionError(f"{path} = {str(value)[:40]!r}") from error
+            assert reported in (True, False), path
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 0])

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtrain.spec.reader import MAX_BYTES, MAX_NODES, Mark, Unreadable, as_scalar, parse, read_file
+from xtrain.spec.reader import (
+    MAX_BYTES,
+    MAX_NODES,
+    Document,
+    Mark,
+    Unreadable,
+    as_scalar,
+    parse,
+    read_file,
+)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -31,10 +39,26 @@ def test_every_whole_number_is_read_back(number: int) -> None:
     assert type(value) is int
 
 
+def is_plain(data: object) -> bool:
+    """Nothing but what JSON has."""
+    if isinstance(data, dict):
+        return all(isinstance(key, str) and is_plain(value) for key, value in data.items())
+    if isinstance(data, list):
+        return all(is_plain(value) for value in data)
+    return data is None or isinstance(data, bool | int | float | str)
+
+
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused_and_nothing_else(text: str) -> None:
-    with suppress(Unreadable):
-        parse(text)
+    found = parsed_or_refused(text)
+    assert found.problem.expected if isinstance(found, Unreadable) else is_plain(found.data)
+
+
+def parsed_or_refused(text: str) -> Document | Unreadable:
+    try:
+        return parse(text)
+    except Unreadable as error:
+        return error
 
 
 @pytest.mark.parametrize(
