@@ -151,8 +151,6 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
     }
     if job.world == 1 and "RANK" not in os.environ:
         os.environ.update(alone)
-    # As DeepSpeed's launcher says it: stage 3 would start `numactl` at every reduction to count them.
-    os.environ.setdefault("LOCAL_SIZE", str(job.local_world))
     import deepspeed
     from deepspeed.utils import logger
 
@@ -162,9 +160,13 @@ def start_process_group(job: Job, device: torch.device, timeout: timedelta) -> N
             clear_stale_locks(folder, job.world == job.local_world, say)
         with redirect_stdout(io.StringIO()):  # it prints that its operator was built
             backend = COLLECTIVES[device.type]
+            # Told how many processes the host has, each would take 66 MiB of /dev/shm for inference and leave
+            # them there (csrc/cpu/comm/shm.cpp); untold, stage 3 asks `numactl` at every reduction.
+            os.environ.pop("LOCAL_SIZE", None)
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         # Not when an engine closes: DeepSpeed keeps groups of it for the next one.
         atexit.register(_leave_together)
+    os.environ.setdefault("LOCAL_SIZE", str(job.local_world))
 
 
 def say(text: str) -> None:

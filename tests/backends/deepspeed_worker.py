@@ -156,6 +156,11 @@ def scenarios(sharding: str, job: Job) -> dict[str, Callable[[], dict[str, Any]]
     }
 
 
+def shared_memory_of_this_job() -> list[Path]:
+    """Files of DeepSpeed's, which it names after the port where the job met."""
+    return list(Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*"))
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     place = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0))]
@@ -170,6 +175,7 @@ def main() -> None:
             "runs": found,
             "linear_untouched": F.linear is linear,
             "processes_here": get_accelerator().device_count(),
+            "left_in_shared_memory": [file.name for file in shared_memory_of_this_job()],
         }
         Path(sys.argv[1]).write_text(json.dumps(report))
 
