@@ -15,7 +15,8 @@ from typing import Any
 from xtrain.contract import JSON, Backend, OutOfMemory, Resolved
 from xtrain.errors import EXIT_FAILED, RunFailed
 from xtrain.launching.launch import Ended
-from xtrain.plan.auto import USABLE, Rung, predicted_bytes, rungs, sized
+from xtrain.plan.auto import Rung, predicted_bytes, rungs, sized
+from xtrain.plan.ladder import USABLE
 from xtrain.records.rundir import write_json
 from xtrain.records.summary import format_bytes
 from xtrain.spec.tree import Spec

@@ -15,6 +15,7 @@ from benchmarks.plan_measure import measure
 from tests.small_runs import SPEC
 from xtrain.cli import main
 from xtrain.contract import MEMORY_CATEGORIES
+from xtrain.plan.ladder import USABLE
 from xtrain.plan.layout import DEVICE, peaks
 from xtrain.plan.places import Places
 from xtrain.plan.step import preset_step
@@ -98,7 +99,7 @@ def test_the_first_rung_that_fits_is_marked(spec: Path) -> None:
     )
     totals = [rung["total_bytes"] for rung in told["ladder"]]
     assert totals == sorted(totals, reverse=True)
-    between = (totals[1] + totals[2]) // 2 / 2**20
+    between = (totals[1] + totals[2]) / 2 / USABLE / 2**20
     shown = plan(
         spec,
         *WIDE,
@@ -121,7 +122,7 @@ def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> No
     for micro in (1, 2, 4, 8):
         told = json.loads(plan(spec, "--json", "--set=batch.global=8", f"--set=batch.micro={micro}").stdout)
         totals[micro] = sum(told["peak_bytes"].values())
-    memory = f"{(totals[4] + 1) / 2**20:.9f}MiB"
+    memory = f"{(totals[4] + 1) / USABLE / 2**20:.9f}MiB"
     assert json.loads(plan(spec, *words, "--device-memory", memory, "--json").stdout)["largest_micro"] == 4
     assert "Largest batch.micro that fits: none" in plan(spec, *words, "--device-memory", "0.1MB").stdout
 
@@ -129,7 +130,7 @@ def test_the_largest_micro_batch_is_the_last_divisor_that_fits(spec: Path) -> No
 def test_several_passes_are_not_offered_where_each_pass_updates(spec: Path) -> None:
     words = ["--set=batch={global: 8}", "--set=data.seq_len=128", "--set=train.clip=null"]
     one_pass = json.loads(plan(spec, "--json", *words).stdout)
-    memory = f"--device-memory={sum(one_pass['peak_bytes'].values()) * 0.7 / 2**20:.9f}MiB"
+    memory = f"--device-memory={sum(one_pass['peak_bytes'].values()) * 0.7 / USABLE / 2**20:.9f}MiB"
     at_once = "--set=memory.optimizer_in_backward=true"
     assert json.loads(plan(spec, "--json", *words, memory).stdout)["largest_micro"] > 0
     assert json.loads(plan(spec, "--json", *words, memory, at_once).stdout)["largest_micro"] == 0
@@ -167,7 +168,7 @@ def test_memory_auto_is_answered_with_what_it_would_try(spec: Path) -> None:
     assert [rung["name"] for rung in told][:3] == ["the spec as it is", "batch.micro 2", "batch.micro 1"]
     assert any("offload" in rung["name"] for rung in told)
     second = told[1]["total_bytes"]
-    room = f"{second / 0.9 / 2**20 + 0.001:.6f}MiB"
+    room = f"{second / USABLE / 2**20 + 0.001:.6f}MiB"
     shown = plan(spec, *words, "--device-memory", room).stdout
     assert "begins with the first that takes at most 90% of its device" in shown
     (row,) = (line for line in shown.splitlines() if line.startswith("batch.micro 2"))

@@ -16,9 +16,6 @@ from xtrain.spec.check import check_spec
 from xtrain.spec.nearest import divisors
 from xtrain.spec.tree import MemorySection, Spec
 
-USABLE = 0.9
-"""Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""
-
 
 @dataclass(frozen=True)
 class Rung:

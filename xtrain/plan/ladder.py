@@ -17,6 +17,8 @@ from xtrain.spec.tree import Manual, MemorySection, Precision, Spec
 STAGES = ("none", "optimizer", "gradients", "parameters")
 """Of memory.sharding, each including those before it."""
 STATE_ON_HOST = {"optimizer": "cpu", "gradients": "cpu"}
+USABLE = 0.9
+"""Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rung:
     home: str
     """The place of the device that has the head."""
     fits: bool | None
-    """None where no device memory was given."""
+    """Into USABLE of every device; None where no device memory was given."""
     sent_bytes: int
     """By each process, in one step."""
 
@@ -56,7 +58,7 @@ class Subject:
         step = self.step(spec)
         found = peaks(step, layout)
         devices = [height for place, height in found.items() if place == layout.home or place != HOST]
-        limit = self.device_bytes
+        limit = None if self.device_bytes is None else USABLE * self.device_bytes
         fits = None if limit is None else all(height.total <= limit for height in devices)
         return Rung(name, found, layout.home, fits, layout.sent_bytes(step))
 

@@ -8,8 +8,7 @@ from tabulate import tabulate
 
 from xtrain.contract import MEMORY_CATEGORIES
 from xtrain.plan.answer import NO_SLACK, Plan, first_fit
-from xtrain.plan.auto import USABLE
-from xtrain.plan.ladder import Rung
+from xtrain.plan.ladder import USABLE, Rung
 from xtrain.records.summary import format_bytes, plural
 
 SLACK = (
@@ -24,7 +23,7 @@ def render_plan(plan: Plan, world: int, backend: str) -> str:
     parts = [
         f"{plan.model}: {plan.parameters:,} parameters, accumulation {plan.accumulation}, {backend}{several}",
         *(_place(plan, place) for place in plan.own.places),
-        *([f"This spec {_verdict(plan.own, False)}."] if plan.own.fits is not None else []),
+        *([f"This spec {_verdict(plan.own, False)}: {FITS}."] if plan.own.fits is not None else []),
         "The ladder: each rung with those above it.",
         table(_rungs(plan.rungs), ["", "peak", "at", "on the host", ""]),
     ]
@@ -37,6 +36,7 @@ def render_plan(plan: Plan, world: int, backend: str) -> str:
     return "\n\n".join([*parts, *plan.notes, SLACK])
 
 
+FITS = f"what fits takes at most {USABLE:.0%} of a device"
 AUTO = (
     f"In this order a run tries the techniques, and begins with the first that takes at most {USABLE:.0%} of "
     "its device; with the last where none does."

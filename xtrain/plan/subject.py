@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from xtrain import registry
 from xtrain.errors import BackendError, RequestError
-from xtrain.plan.auto import USABLE, rungs
+from xtrain.plan.auto import device_name, rungs
 from xtrain.plan.ladder import Rung, Subject, possible
-from xtrain.plan.layout import DEVICE, HOST, Layout, Planned
+from xtrain.plan.layout import DEVICE, Layout, Planned
 from xtrain.plan.models import planned_model
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
@@ -29,7 +29,7 @@ class Named:
 def subject_of(spec: Spec, world: int, backend: str | None, device_bytes: float | None) -> Named:
     """RequestError where no backend plans that spec, or the one that is named does not."""
     planned = _named(backend) if backend else _first(spec, world)
-    device = HOST if planned.name == HOST and backend else DEVICE
+    device = device_name(planned) if backend else DEVICE
     model = planned_model(spec, device)
     subject = Subject(spec, world, model.bytes, _layouts(planned, world, device), device_bytes)
     auto = _auto(subject, planned, device) if spec.memory == "auto" else []
@@ -90,8 +90,6 @@ def _layouts(planned: Planned, world: int, device: str) -> Callable[[Spec], Layo
 
 
 def _auto(subject: Subject, planned: Planned, device: str) -> list[Rung]:
-    """What `memory: auto` would try, held against the part of a device that it fills."""
-    backend, room = registry.load(planned.name), subject.device_bytes
-    usable = replace(subject, device_bytes=None if room is None else USABLE * room)
-    tried = rungs(subject.spec, subject.world, backend, device)
-    return list(possible(usable, [(rung.name, rung.spec) for rung in tried]))
+    """What `memory: auto` would try."""
+    tried = rungs(subject.spec, subject.world, registry.load(planned.name), device)
+    return list(possible(subject, [(rung.name, rung.spec) for rung in tried]))
