@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 from xtrain.exchange.translation import Imported, Setting
 from xtrain.measure.machine import host_room_bytes
+from xtrain.plan.layout import DEVICE, HOST
 
-from .environment import announce_compilation, facts, prepare, probe
+from .environment import announce_compilation, facts, prepare, probe, sees_gpu
 from .imports import import_config
 from .overrides import override_notes, override_problems
 from .standalone import find_standalone_problems, standalone_settings
@@ -82,6 +83,9 @@ class DeepSpeedBackend:
         from .universal import write_universal
 
         return write_universal(checkpoint, folder)
+
+    def place(self) -> str:
+        return DEVICE if sees_gpu() else HOST
 
     def layout(self, spec: Spec, world: int, device: str) -> Partitioned | None:
         from .layout import layout_of

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from xtrain.contract import JSON, Availability, Job, ModelSource, Problem, Resolved
 from xtrain.errors import RequestError
+from xtrain.plan.layout import DEVICE, HOST
 from xtrain.techniques.compiled import compile_notes
 
 from .here import missing_here
@@ -62,6 +63,9 @@ class ManualBackend:
         }
         idle = list(find_idle(spec, self.name))
         return Resolved(self.name, spec, world, settings, self.notes(spec, world), idle=idle)
+
+    def place(self) -> str:
+        return HOST if self.name == HOST else DEVICE
 
     def layout(self, spec: Spec, world: int, device: str) -> Places | None:
         from .layout import layout_of

@@ -9,7 +9,7 @@ from typing import Any
 from xtrain.contract import Backend
 from xtrain.errors import RequestError
 from xtrain.plan.ladder import STATE_ON_HOST, with_memory, with_micro
-from xtrain.plan.layout import DEVICE, HOST, Layout, Planned, peaks
+from xtrain.plan.layout import Layout, Planned, peaks
 from xtrain.plan.models import Sized, planned_model
 from xtrain.plan.step import Step
 from xtrain.spec.check import check_spec
@@ -28,7 +28,7 @@ class Rung:
 def rungs(spec: Spec, world: int, backend: Backend, device: str | None = None) -> list[Rung]:
     """Of a spec with `memory: auto`: each with what those before it have, as far as `backend` does it.
 
-    `device` is what it computes on, where that is not what the backend's name says.
+    `device` is the place that it is planned for; without it the backend's own on this machine.
     """
     own = spec.model_copy(update={"memory": MemorySection()})
     found = [Rung("the spec as it is", own)]
@@ -74,13 +74,8 @@ def _helps(lower: Spec, before: Spec, world: int, backend: object, device: str |
     assert isinstance(before.memory, MemorySection)
     if not isinstance(backend, Planned) or lower.memory.checkpointing != before.memory.checkpointing:
         return True
-    place = device or device_name(backend)
+    place = device or backend.place()
     return backend.layout(lower, world, place) != backend.layout(before, world, place)
-
-
-def device_name(backend: Planned) -> str:
-    """What the planner calls its device: a backend with the name of the host's memory computes there."""
-    return HOST if backend.name == HOST else DEVICE
 
 
 def sized(spec: Spec, backend: object) -> Sized | str:
@@ -88,7 +83,7 @@ def sized(spec: Spec, backend: object) -> Sized | str:
     if not isinstance(backend, Planned):
         return f"backend {getattr(backend, 'name', '')} does not say how it lays out memory"
     try:
-        model = planned_model(spec, device_name(backend)).bytes
+        model = planned_model(spec, backend.place()).bytes
         model(spec)  # where it cannot be traced, that is said here
         return model
     except RequestError as error:
@@ -98,7 +93,7 @@ def sized(spec: Spec, backend: object) -> Sized | str:
 def predicted_bytes(spec: Spec, world: int, backend: object, model: Sized) -> int | None:
     """Of the device at its peak; None where its layout is known only once the model is there."""
     assert isinstance(backend, Planned)
-    layout: Layout | None = backend.layout(spec, world, device_name(backend))
+    layout: Layout | None = backend.layout(spec, world, backend.place())
     if layout is None:
         return None
     return peaks(Step(spec, model(spec), spec.accumulation(world)), layout)[layout.home].total

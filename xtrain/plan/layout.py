@@ -39,9 +39,13 @@ class Layout(Protocol):
 
 @runtime_checkable
 class Planned(Protocol):
-    """The further method of a Backend whose engines the planner knows."""
+    """The further methods of a Backend whose engines the planner knows."""
 
     name: str
+
+    def place(self) -> str:
+        """Where it computes on this machine: HOST or DEVICE. Imports nothing heavy."""
+        ...
 
     def layout(self, spec: Spec, world: int, device: str) -> Layout | None:
         """How its engine will lay out `spec` with `world` processes; imports nothing heavy.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from xtrain import registry
 from xtrain.errors import BackendError, RequestError
-from xtrain.plan.auto import device_name, rungs
+from xtrain.plan.auto import rungs
 from xtrain.plan.ladder import Rung, Subject, possible
-from xtrain.plan.layout import DEVICE, Layout, Planned
+from xtrain.plan.layout import DEVICE, HOST, Layout, Planned
 from xtrain.plan.models import planned_model
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
@@ -29,7 +29,7 @@ class Named:
 def subject_of(spec: Spec, world: int, backend: str | None, device_bytes: float | None) -> Named:
     """RequestError where no backend plans that spec, or the one that is named does not."""
     planned = _named(backend) if backend else _first(spec, world)
-    device = device_name(planned) if backend else DEVICE
+    device = HOST if backend == HOST else DEVICE  # of another machine, perhaps
     model = planned_model(spec, device)
     subject = Subject(spec, world, model.bytes, _layouts(planned, world, device), device_bytes)
     auto = _auto(subject, planned, device) if spec.memory == "auto" else []
