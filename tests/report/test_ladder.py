@@ -57,6 +57,12 @@ def test_an_odd_batch_in_a_record_is_shown_short() -> None:
     assert rung.set_to.isprintable()
 
 
+def test_the_name_of_a_ladder_is_shown_short() -> None:
+    (rung,) = compared(on_rung(lane("a"), 0, "cpu\n\x1b[31m" + "x" * 10_000)).ladder
+    assert rung.lane.isprintable()
+    assert len(rung.lane) < 100
+
+
 def test_the_claims_are_those_of_the_documents() -> None:
     assert [(rung.memory, rung.speed) for rung in RUNGS] == [
         ("12 GB", "100%"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from xtrain.report.comparison import Comparison, LaneReport
 from xtrain.report.figures import figures_of, short
+from xtrain.report.fitted import by_rung
 from xtrain.report.ladder import ladder_rungs
 from xtrain.report.phrases import numbered
 from xtrain.report.repeats import repeat_warnings
@@ -17,6 +18,7 @@ from xtrain.report.verdicts import verdicts
 
 def compare_lanes(title: str, lanes: Sequence[LaneRuns]) -> Comparison:
     """In the given order; the first that finished is the reference. Names are cut short, and stay unlike."""
+    lanes = [*by_rung(lanes)]
     names = numbered([short(lane.name) for lane in lanes])
     lanes = [replace(lane, name=name) for lane, name in zip(lanes, names, strict=True)]
     reference = next((lane for lane in lanes if lane.runs), None)

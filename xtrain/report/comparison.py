@@ -31,6 +31,8 @@ class Figures(Part):
     repeats: Natural
     status: Status
     precision: str | None
+    rung: str | None
+    """What `memory: auto` chose; None without it."""
     threads: int | None
     matmul_precision: str | None
     data_hash: str | None

@@ -28,6 +28,7 @@ from xtrain.report.agreement import (
     widest,
 )
 from xtrain.report.comparison import Curve, Figures
+from xtrain.report.fitted import chosen_rung
 from xtrain.report.memory import by_importance
 from xtrain.report.runs import Run
 from xtrain.report.unlike import has_dropout
@@ -56,6 +57,7 @@ def figures_of(runs: Sequence[Run], reference: Sequence[Run]) -> Figures:
         repeats=len(runs),
         status=record.status,
         precision=_short(_precision(record)),
+        rung=chosen_rung(record),
         threads=record.threads,
         matmul_precision=_short(record.matmul_precision),
         data_hash=_short(record.data.hash),

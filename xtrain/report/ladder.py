@@ -21,7 +21,7 @@ def _rung(place: LadderPlace, figures: Figures | None, plain: Figures | None) ->
     bytes_, plain_bytes = _bytes(figures), _bytes(plain)
     rate, plain_rate = _rate(figures), _rate(plain)
     return Rung(
-        lane=place.ladder,
+        lane=shown(place.ladder),
         name=claimed.name,
         claimed_memory=claimed.memory,
         claimed_speed=claimed.speed,

@@ -60,6 +60,7 @@ def environment_table(comparison: Comparison) -> Table:
         "processes": lambda f: f.world,
         "threads per process": lambda f: f.threads,
         "precision": lambda f: f.precision,
+        "memory: auto": lambda f: f.rung,
         "fp32 matrix products": lambda f: f.matmul_precision,
         "parameters": lambda f: f"{f.parameters:,}",
         "data": lambda f: f.data_hash and f.data_hash[:12],

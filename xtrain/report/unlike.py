@@ -27,6 +27,12 @@ def warnings(lanes: Lanes) -> list[str]:
         _unlike(lanes, "parameters", "the lanes trained different models"),
         *_other_training(lanes),
         _unlike(lanes, "precision", "precision differs: losses agree only roughly"),
+        _unlike(
+            [(name, figures) for name, figures in lanes if figures.rung is not None],
+            "rung",
+            "memory: auto chose unlike techniques, repeats of one lane with them are lanes of their own, and "
+            "speed and memory compare these too",
+        ),
         _unlike(lanes, "threads", "threads per process differ, and with them the speed"),
         _unlike(lanes, "matmul_precision", "the precision of fp32 matrix products differs"),
         _unlike(lanes, "skipped", "the lanes skipped different numbers of steps"),
