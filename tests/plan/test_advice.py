@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -80,6 +81,30 @@ def test_the_command_prints_degrees_reasons_and_figures() -> None:
     assert "TP 4 x PP 2 x DP 8" in result.stdout
     told = json.loads(CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False).stdout)
     assert (told["tensor"], told["pipeline"], told["data"]) == (4, 2, 8)
+
+
+def test_a_stage_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    """1F1B: with 2 stages twice the activations of one micro-batch on half of the layers, so all of them."""
+    long = dataclasses.replace(SEVENTY, batch=8)
+    divided = "by 8, the least that fits: "
+    advice = advise(SEVENTY, EIGHT_NODES)
+    (about,) = (reason for reason in advice.reasons if reason.startswith(divided))
+    whole = SEVENTY.layers * SEVENTY.layer_bytes / advice.tensor
+    assert f"{whole / 1e9:.1f} GB of checkpointed activations (micro-batches in flight: 2)" in about
+    few, many = (advise(long, EIGHT_NODES, micro_batches) for micro_batches in (1, 8))
+    assert many.tensor * many.pipeline > few.tensor * few.pipeline or many.pipeline == few.pipeline == 1
+
+
+def test_a_spec_is_advised_by_its_model_sequences_and_micro_batch(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "{model: {preset: gpt2-xl}, data: {source: synthetic, seq_len: 1024}, batch: {global: 64, micro: 8},"
+        " train: {steps: 1}, optimizer: {lr: 1e-3}}"
+    )
+    words = ["plan", str(spec), "--advise", "--gpus", "8", "--json"]
+    told = json.loads(CliRunner().invoke(main, words, catch_exceptions=False).stdout)
+    sizes = "plan --advise --params 1557611200 --layers 48 --hidden 1600 --seq 1024 --batch 8 --gpus 8 --json"
+    assert told == json.loads(CliRunner().invoke(main, sizes.split(), catch_exceptions=False).stdout)
 
 
 @pytest.mark.parametrize("memory", ["", "80", "80 apples", "-1GB"])

@@ -96,6 +96,7 @@ MODES = {
         "layers",
         "as_json",
     },
+    "SPEC --advise": {"spec", "overrides", "advise", "gpus", "nodes", "device_memory", "as_json"},
 }
 """What `plan` can be asked, and the parameters of each question."""
 
@@ -135,23 +136,24 @@ def plan(
     """Estimate before training: the memory of SPEC, or of any size, and how to divide it over a cluster.
 
     With SPEC: bytes by category at the peak of a step, the ladder of techniques, ZeRO's stages, and with
-    --device-memory what fits.
+    --device-memory what fits; with --advise too, the advice for its model, sequences and micro-batch.
     """
     from xtrain.plan import command as room
 
-    asked = {"SPEC": spec is not None, "--formula": formula is not None, "--advise": advise}
+    asked = {
+        "SPEC": spec is not None and not advise,
+        "--formula": formula is not None,
+        "--advise": advise and spec is None,
+        "SPEC --advise": advise and spec is not None,
+    }
     require_one_mode(context, MODES, asked)
+    memory = "80GB" if device_memory is None else device_memory
+    cluster: Any = {"gpus": gpus or 1, "nodes": nodes, "device_memory": memory}
+    if spec is not None and advise:
+        click.echo(room.advise_spec(spec, overrides, as_json, **cluster))
+        return
     if spec is not None:
         world = None if gpus is None and nodes == 1 else (gpus or 1) * nodes
         click.echo(room.answer_spec(spec, overrides, world, backend, device_memory, as_json))
         return
-    click.echo(
-        room.answer(
-            formula,
-            as_json,
-            device_memory="80GB" if device_memory is None else device_memory,
-            gpus=gpus or 1,
-            nodes=nodes,
-            **question,
-        )
-    )
+    click.echo(room.answer(formula, as_json, **cluster, **question))

@@ -102,7 +102,7 @@ class Advice:
 def advise(shape: Shape, cluster: Cluster, micro_batches: int = 8) -> Advice:
     """Degrees whose product is the number of GPUs. RequestError where no division fits."""
     sequence, about_sequence = _sequence_degree(shape, cluster)
-    tensor, pipeline, about_model = _model_degrees(shape, cluster, sequence)
+    tensor, pipeline, about_model = _model_degrees(shape, cluster, sequence, micro_batches)
     data = cluster.gpus // (tensor * pipeline * sequence)
     divided = tensor * pipeline > 1
     zero = ("ZeRO-1" if divided else "ZeRO-3 (FSDP)") if data * sequence > 1 else "none"
@@ -130,7 +130,9 @@ def _sequence_degree(shape: Shape, cluster: Cluster) -> tuple[int, str]:
     )
 
 
-def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, int, list[str]]:
+def _model_degrees(
+    shape: Shape, cluster: Cluster, sequence: int, micro_batches: int
+) -> tuple[int, int, list[str]]:
     room = USABLE * cluster.device_bytes
     state = shape.params * STATE_BYTES
     per_gpu = state / min(cluster.gpus_per_node, cluster.gpus)
@@ -146,10 +148,12 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
     sharded = shape.params * (STATE_BYTES - WORKING_BYTES) / cluster.gpus
     for degree in divisors(cluster.gpus // sequence):
         working = shape.params * WORKING_BYTES / degree
-        if working + sharded + kept / degree <= room:
-            tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
-            if pipeline > shape.layers:
-                continue  # a stage has a layer at the least
+        tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
+        flying = _in_flight(pipeline, micro_batches)
+        activations = flying * kept / degree
+        if pipeline > shape.layers:
+            continue  # a stage has a layer at the least
+        if working + sharded + activations <= room:
             node = cluster.device_bytes * cluster.gpus_per_node
             return (
                 tensor,
@@ -158,7 +162,8 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
                     f"{whole}: more than a node of {_gb(node)} can hold, and gathering it across nodes at "
                     "every layer is slow: the model itself is divided",
                     f"by {degree}, the least that fits: per GPU {_gb(working)} of weights and gradients, "
-                    f"{_gb(sharded)} of optimizer (ZeRO-1), {_gb(kept / degree)} of checkpointed activations",
+                    f"{_gb(sharded)} of optimizer (ZeRO-1), {_gb(activations)} of checkpointed activations "
+                    f"(micro-batches in flight: {flying})",
                     f"by tensors {tensor} (inside a node, {shape.hidden // tensor:,} columns each; narrower "
                     f"than {WIDTH_PER_RANK:,} is slow), by pipeline stages {pipeline}",
                 ],
@@ -167,6 +172,15 @@ def _model_degrees(shape: Shape, cluster: Cluster, sequence: int) -> tuple[int, 
         f"--advise: {shape.params:g} parameters do not fit on {cluster.gpus} GPUs of "
         f"{_gb(cluster.device_bytes)} however they are divided; use more GPUs, or offload"
     )
+
+
+def _in_flight(pipeline: int, micro_batches: int) -> int:
+    """Micro-batches whose activations the first stage holds, the most of all: as many as there are stages.
+
+    Under 1F1B each stage starts as many forward passes as stages come from it on, before its first backward
+    pass (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    """
+    return min(pipeline, micro_batches)
 
 
 def _split(degree: int, shape: Shape, of_a_node: int) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from xtrain.errors import RequestError
 from xtrain.plan.advice import Advice, Cluster, Shape, advise
 from xtrain.plan.answer import make_plan
 from xtrain.plan.formulas import FORMULAS, Estimate, Sizes
+from xtrain.plan.layout import DEVICE
+from xtrain.plan.models import planned_model
 from xtrain.plan.notes import plan_notes
 from xtrain.plan.render import render_plan
 from xtrain.plan.saves import save_notes
@@ -72,13 +74,24 @@ def answer(
         raise RequestError(
             f"--params: found {params:g}, expected a number above 0 and up to {MOST:g}, such as 7e9"
         )
-    found: Advice | Estimate
     if formula is None:
         cluster = Cluster(nodes, gpus, parse_bytes(device_memory))
-        found = advise(Shape(params, layers, hidden, seq, batch), cluster)
-    else:
-        sizes = Sizes(params, gpus * nodes, batch, seq, hidden, layers, heads, int(bytes_))
-        found = _formula(formula)(sizes)
+        return _told(advise(Shape(params, layers, hidden, seq, batch), cluster), as_json)
+    sizes = Sizes(params, gpus * nodes, batch, seq, hidden, layers, heads, int(bytes_))
+    return _told(_formula(formula)(sizes), as_json)
+
+
+def advise_spec(
+    path: Path, overrides: Sequence[str], as_json: bool, *, gpus: int, nodes: int, device_memory: str
+) -> str:
+    """How to divide the model of a spec, at its length of sequences and its micro-batch."""
+    spec = load_spec(path, overrides)
+    model = planned_model(spec, DEVICE).bytes(spec)
+    shape = Shape(model.parameters, model.layers, model.hidden, spec.data.seq_len, spec.micro_batch)
+    return _told(advise(shape, Cluster(nodes, gpus, parse_bytes(device_memory))), as_json)
+
+
+def _told(found: Advice | Estimate, as_json: bool) -> str:
     if as_json:
         return json.dumps(found.as_json(), indent=2)
     return render_advice(found) if isinstance(found, Advice) else render_estimate(found)
