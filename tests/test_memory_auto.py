@@ -80,7 +80,8 @@ def test_what_does_nothing_on_a_backend_is_no_rung(tmp_path: Path) -> None:
 def test_deepspeed_is_asked_whether_there_is_a_device_to_offload_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sees_gpu: bool
 ) -> None:
-    monkeypatch.setattr("xtrain.backends.deepspeed.backend.sees_gpu", lambda: sees_gpu)
+    files = (str(tmp_path),) if sees_gpu else ()
+    monkeypatch.setattr("xtrain.backends.deepspeed.environment.GPU_FILES", files)
     several = names(spec_of(tmp_path, "batch.micro=4"), "deepspeed", 2)
     assert "memory.sharding gradients" in several
     assert any("offload" in name for name in several) is sees_gpu
