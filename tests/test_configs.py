@@ -37,6 +37,11 @@ def test_shipped_config_has_no_problems(config: Path, backend: str, monkeypatch:
     assert registry.load(backend).problems(spec, spec.launch.processes) == []
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_shipped_config_is_for_a_backend_that_trains(config: Path) -> None:
+    assert set(backends_of(config)) - {"null"}
+
+
 def test_quickstart_runs_on_every_real_backend() -> None:
     quickstart = ROOT / "configs" / "quickstart.yaml"
     assert set(backends_of(quickstart)) == set(registry.names()) - {"null"}

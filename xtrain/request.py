@@ -68,9 +68,12 @@ class Request:
 
         Until that `has_saved` what it trains now, it goes on from a checkpoint of what was trained before.
         """
+        return shlex.join([*this_program(), *self.going_on(run_directory, has_saved).arguments()])
+
+    def going_on(self, run_directory: Path, has_saved: bool) -> Request:
+        """The same as a request."""
         insists = self.allow_changed and not has_saved
-        again = replace(self, out=None, resume=run_directory, allow_changed=insists, stop_after=None)
-        return shlex.join([*this_program(), *again.arguments()])
+        return replace(self, out=None, resume=run_directory, allow_changed=insists, stop_after=None)
 
     def arguments(self) -> list[str]:
         """Of `xtrain`, that make this request."""

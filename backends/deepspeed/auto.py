@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xtrain.exchange.training_arguments import warmup_steps
+from xtrain.exchange.training_arguments import updates, warmup_steps
 from xtrain.spec.fits import is_number
 from xtrain.spec.problems import shown
 
@@ -97,8 +97,8 @@ def argument_for(key: str, arguments: Mapping[str, Any]) -> tuple[Any, str] | No
         return 0.0, "as with the Trainer"
     if key == "scheduler.params.warmup_num_steps":
         given = [name for name in ("warmup_steps", "warmup_ratio") if arguments.get(name)]
-        steps = warmup_steps(arguments, max(0, arguments.get("max_steps") or 0))
-        return steps, given[0] if given else "the default of warmup_steps"
+        source = given[0] if given else "the default of warmup_steps"
+        return warmup_steps(arguments, updates(arguments)), source
     if key not in ARGUMENTS:
         return None
     argument, default = ARGUMENTS[key]

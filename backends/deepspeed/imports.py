@@ -41,7 +41,13 @@ def import_config(
         raise SpecError("the ds_config", problems)
     found = Leaves(filled.values, filled.chosen)
     tree: Tree = {}
-    for section in (import_batch(found, world), _train(found), _zero(found), _precision(found), _log(found)):
+    for section in (
+        import_batch(found, world),
+        _train(found),
+        _zero(found),
+        _precision(found),
+        _log(found, arguments),
+    ):
         placed(tree, section)
     placed(tree, import_optimizer(found))
     placed(tree, import_schedule(found))
@@ -157,10 +163,12 @@ def _autocast(found: Leaves) -> Tree:
     return {"dtype": short, "weights": "fp32"}
 
 
-def _log(found: Leaves) -> Tree:
+def _log(found: Leaves, arguments: Mapping[str, Any]) -> Tree:
     tree: Tree = {}
     every = found.take("steps_per_print", NEVER)
-    if every != NEVER:
+    if every != NEVER and arguments:
+        found.left_out.append(f"steps_per_print: {every}: how often to log is said by logging_steps")
+    elif every != NEVER:
         tree["log.every_steps"] = int(every)
         found.say("log.every_steps", "from steps_per_print")
     trackers = []

@@ -203,6 +203,21 @@ def test_an_automatic_warmup_is_the_arguments_share(tmp_path: Path) -> None:
     assert spec_of(found).schedule.warmup == 23
 
 
+def test_a_share_of_updates_that_nobody_counted_is_one_of_the_stand_in_and_said_so(tmp_path: Path) -> None:
+    params = {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_max_lr": "auto"}
+    config = {"train_batch_size": 4, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+    for whole in ({}, config):
+        arguments = {"num_train_epochs": 3, "warmup_ratio": 0.03, "lr_scheduler_type": "linear"}
+        found = import_of(tmp_path, whole or arguments, arguments if whole else None)
+        assert (spec_of(found).train.steps, spec_of(found).schedule.warmup) == (1000, 30)
+        assert any("warmup_ratio is a share of it" in line for line in imports.notes(found))
+
+
+def test_evaluations_are_those_of_the_strategy_by_its_old_name_too(tmp_path: Path) -> None:
+    arguments = {"per_device_train_batch_size": 4, "evaluation_strategy": "steps", "eval_steps": 50}
+    assert spec_of(import_of(tmp_path, arguments)).train.eval_every == 50
+
+
 def test_two_precisions_are_refused(tmp_path: Path) -> None:
     both = {"train_batch_size": 8, "fp16": {"enabled": True}, "bf16": {"enabled": True}}
     with pytest.raises(RequestError, match="expected one precision"):

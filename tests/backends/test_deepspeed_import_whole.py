@@ -254,6 +254,14 @@ def test_a_ds_config_that_clips_nothing_is_said_beside_arguments(tmp_path: Path)
     assert f"max_grad_norm: 1.0: {why}" in found.left_out
 
 
+def test_how_often_to_log_is_said_by_the_arguments_where_there_are_any(tmp_path: Path) -> None:
+    embedded = {**PLAIN, "gradient_clipping": 1.0, "steps_per_print": 2000}
+    assert spec_of(import_of(tmp_path, embedded)).log.every_steps == 2000
+    found = import_of(tmp_path, {**ARGUMENTS, "logging_steps": 5, "deepspeed": embedded})
+    assert spec_of(found).log.every_steps == 5
+    assert "steps_per_print: 2000: how often to log is said by logging_steps" in found.left_out
+
+
 def test_another_kind_of_optimizer_takes_nothing_from_the_arguments_but_the_rate(tmp_path: Path) -> None:
     embedded = {**PLAIN, "optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}
     found = import_of(tmp_path, {**ARGUMENTS, "learning_rate": 1e-3, "deepspeed": embedded})

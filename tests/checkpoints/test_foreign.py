@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from xtrain.checkpoints.foreign import matched
 from xtrain.checkpoints.format import complete_checkpoints
 from xtrain.cli import main
 from xtrain.contract import StateKind
+from xtrain.request import this_program
 
 
 def import_(folder: Path, source: Path, form: str = "ds-universal", *words: str) -> Result:
@@ -54,6 +56,13 @@ def test_what_was_exported_is_imported_to_the_last_bit_and_goes_on(tmp_path: Pat
     assert run(tmp_path, "--resume", tmp_path / "new", backend="cpu").exit_code == 0
     assert steps(tmp_path / "new") == list(range(5, 13))
     assert checkpoints(tmp_path / "new") == [4, 8, 12]
+
+
+def test_the_command_that_goes_on_has_what_was_set(tmp_path: Path, universal: Path) -> None:
+    result = import_(tmp_path, universal, "ds-universal", "--set", "optimizer.lr=5e-4")
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("go on with: "))
+    words = command[len(this_program()) :]
+    assert CliRunner().invoke(main, [*words, "--backend", "cpu", "--stop-after", "5"]).exit_code == 0
 
 
 def test_what_a_form_cannot_carry_is_said(tmp_path: Path, universal: Path) -> None:

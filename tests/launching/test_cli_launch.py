@@ -188,6 +188,26 @@ def test_hosts_that_cannot_be_reached_at_all_are_told_by_name(tmp_path: Path) ->
     assert sorted(result.stderr.splitlines()) == [f"gpu{n} ended with exit code 1" for n in (1, 2)]
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_command_that_goes_on_starts_it_in_the_same_way(saved: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "resolved.json").write_text('{"began_after": 0}')
+    if saved:
+        (out / "checkpoints" / "step-00000004").mkdir(parents=True)
+    way = ["--with", "torchrun", "--port", "29500", "--ssh", "false"]
+    result = launch(tmp_path, "--out", str(out), "--allow-changed", *way)
+    said, _, command = result.stderr.splitlines()[-1].partition(": ")
+    words = shlex.split(command)
+    assert said == "on all hosts, go on with"
+    assert [words[words.index(name) : words.index(name) + 2] for name in way[::2]] == [
+        way[place : place + 2] for place in range(0, len(way), 2)
+    ]
+    assert option(words, "--resume") == str(out)
+    assert "--out" not in words
+    assert ("--allow-changed" in words) == (not saved)
+
+
 @pytest.mark.parametrize("launcher", ["xtrain", "torchrun"])
 def test_what_is_started_on_a_host_ends_with_the_line_to_it(
     launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

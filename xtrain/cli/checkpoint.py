@@ -149,6 +149,7 @@ def import_(
     anything but tensors, numbers and what DeepSpeed is known to put there is refused.
     """
     from xtrain.checkpoints.foreign import import_state
+    from xtrain.request import Request
     from xtrain.spec import load_spec
 
     found = import_state(source, form, load_spec(spec_path, overrides), out)
@@ -163,4 +164,5 @@ def import_(
     click.echo(f"wrote step {found.checkpoint.step} to {found.checkpoint.path}")
     for note in found.notes:
         click.echo(f"note: {note}")
-    click.echo(f"go on with: xtrain run {spec_path} --resume {found.directory}")
+    again = Request(spec_path, overrides=overrides).resume_command(found.directory, has_saved=True)
+    click.echo(f"go on with: {again}")

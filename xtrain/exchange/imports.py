@@ -86,8 +86,9 @@ def _over(base: Imported, upper: Imported) -> Imported:
             spec[name] = {"lr": below["lr"], **section}
         else:
             spec[name] = {**below, **section}
-    chosen = {key: why for key, why in base.chosen.items() if not _is_said(key, upper.spec)}
-    return Imported(spec, {**chosen, **upper.chosen}, [*base.left_out, *upper.left_out])
+    kept = {key: why for key, why in base.chosen.items() if not _is_said(key, upper.spec)}
+    both = {key: f"{upper.chosen[key]}; {kept[key]}" for key in kept.keys() & upper.chosen.keys()}
+    return Imported(spec, {**kept, **upper.chosen, **both}, [*base.left_out, *upper.left_out])
 
 
 def _is_said(key: str, spec: Tree) -> bool:

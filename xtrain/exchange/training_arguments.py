@@ -58,6 +58,7 @@ KINDS: dict[str, Schema] = {
     "save_steps": NUMBER,
     "save_total_limit": {"anyOf": [COUNT, {"type": "null"}]},
     "eval_strategy": TEXT,
+    "evaluation_strategy": TEXT,
     "eval_steps": {"anyOf": [NUMBER, {"type": "null"}]},
     "report_to": {"anyOf": [TEXT, {"type": "array", "items": TEXT}, {"type": "null"}]},
     "deepspeed": {"anyOf": [{"type": "object"}, OPTIONAL_TEXT]},
@@ -65,6 +66,8 @@ KINDS: dict[str, Schema] = {
 """What is read, and of which kind it has to be; a number of steps below 1 is a share of max_steps."""
 STEPS = 1000
 """Where the arguments count in epochs."""
+SHARES = ("warmup_steps", "warmup_ratio", "logging_steps", "save_steps", "eval_steps")
+"""Of all updates, where below 1."""
 NOTHING: tuple[object, ...] = (None, False, "", [], {}, 0, -1, "no", "none", "auto")
 
 
@@ -111,13 +114,20 @@ def _batch(given: Mapping[str, Any], world: int, chosen: dict[str, str]) -> Tree
 
 
 def _train(given: Mapping[str, Any], chosen: dict[str, str]) -> Tree:
-    steps = int(given.get("max_steps", -1))
-    if steps <= 0:
+    if given.get("max_steps", -1) <= 0:
         epochs = given.get("num_train_epochs", 3)
-        chosen["train.steps"] = f"a stand-in: {epochs} epochs are as many updates as the data has"
-        steps = STEPS
+        said = [f"a stand-in: {epochs} epochs are as many updates as the data has"]
+        said += [f"{key} is a share of it" for key in SHARES if 0 < given.get(key, 0) < 1]
+        chosen["train.steps"] = "; ".join(said)
     clip = float(given.get("max_grad_norm", 1.0))
-    return {"train.steps": steps, "train.seed": int(given.get("seed", 42)), "train.clip": clip or None}
+    seed = int(given.get("seed", 42))
+    return {"train.steps": updates(given), "train.seed": seed, "train.clip": clip or None}
+
+
+def updates(given: Mapping[str, Any]) -> int:
+    """How many the Trainer makes; a stand-in where the arguments count in epochs."""
+    most = int(given.get("max_steps") or -1)
+    return most if most > 0 else STEPS
 
 
 def _optimizer(given: Mapping[str, Any], left_out: list[str]) -> Tree:
@@ -199,7 +209,8 @@ def _surroundings(given: Mapping[str, Any], steps: int, left_out: list[str]) -> 
         tree["checkpoint.every_steps"] = max(1, _steps(given.get("save_steps", 500), steps))
     if "save_total_limit" in given:
         tree["checkpoint.keep"] = int(given["save_total_limit"])
-    if (evaluating := given.get("eval_strategy", "no")) == "steps":
+    evaluating = given.get("eval_strategy", given.get("evaluation_strategy", "no"))  # its name until 4.46
+    if evaluating == "steps":
         tree["train.eval_every"] = max(1, _steps(given.get("eval_steps", logging), steps))
     for key, strategy in (("save_strategy", saving), ("eval_strategy", evaluating)):
         if strategy not in ("steps", "no"):

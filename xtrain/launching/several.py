@@ -22,8 +22,9 @@ from xtrain.launching.commands import (
 )
 from xtrain.launching.hostfile import read_hostfile
 from xtrain.launching.remote import Remote
-from xtrain.prepare import run_directory
+from xtrain.prepare import has_saved, run_directory
 from xtrain.printable import printable
+from xtrain.records.rundir import RunDirectory
 from xtrain.request import Request, this_program
 from xtrain.spec import load_spec
 
@@ -71,7 +72,7 @@ def on_hosts(request: Request, hostfile: Path, port: int, launcher: str, show: b
     lines = {host: on_host([*command, "--leash"], Path.cwd()) for host, command in commands.items()}
     code = Remote(lines, remote_shell).wait()
     if code != EXIT_DONE and (run_directory(request) / "resolved.json").exists():
-        again = _again(request, hostfile, port, ssh)
+        again = _again(request, hostfile, port, launcher, ssh)
         print(f"on all hosts, go on with: {again}", file=sys.stderr, flush=True)
     return code
 
@@ -107,8 +108,10 @@ def _require_folder(request: Request) -> None:
         raise RequestError("a run on several hosts needs --out, a folder that all of them see")
 
 
-def _again(request: Request, hostfile: Path, port: int, ssh: str | None) -> str:
+def _again(request: Request, hostfile: Path, port: int, launcher: str, ssh: str | None) -> str:
     """The command that goes on with the run on the same hosts."""
-    again = replace(request, out=None, resume=run_directory(request), processes=None, stop_after=None)
+    directory = RunDirectory(run_directory(request))
+    again = replace(request.going_on(directory.path, has_saved(directory)), processes=None)
     words: Sequence[str] = [*this_program(), "launch", *again.arguments()[1:], "--hosts", str(hostfile)]
-    return shlex.join([*words, "--port", str(port), *(["--ssh", ssh] if ssh else [])])
+    started = ["--port", str(port), "--with", launcher, *(["--ssh", ssh] if ssh else [])]
+    return shlex.join([*words, *started])
