@@ -18,14 +18,9 @@ from torch import nn
 
 from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
+from ..moments import MOMENTS, kept_moments
 from ..step_counts import StepCounts, counted
 
-MOMENTS: dict[str, StateKind] = {
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "momentum_buffer": "momentum",
-}
-"""torch's name in an optimizer's state, and ours."""
 Piece: TypeAlias = "tuple[int, torch.Tensor]"
 """Place of its first element in the whole parameter, and its elements."""
 
@@ -58,10 +53,6 @@ class Shards(ABC):
 
     def link(self) -> None:  # noqa: B027 - most have nothing to do
         """Let parameters find their moments."""
-
-    def kept(self) -> tuple[str, ...]:
-        """The moments that this optimizer keeps; a stored state may be another's."""
-        return ("exp_avg", "exp_avg_sq") if "betas" in self.optimizer.defaults else ("momentum_buffer",)
 
     def moments(self) -> list[str]:
         """Which moments exist; none before the first update."""
@@ -279,7 +270,11 @@ def import_state(shards: Shards, reader: StateReader) -> None:
     """Set weights, buffers and moments on every rank; ValueError names what does not fit."""
     named = dict(shards.engine.module.named_parameters())
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    keys = [key for key in shards.kept() if any(reader.read(n, MOMENTS[key]) is not None for n in trained)]
+    keys = [
+        key
+        for key in kept_moments(shards.optimizer)
+        if any(reader.read(name, MOMENTS[key]) is not None for name in trained)
+    ]
     shards.make_moments(keys)
     for name, parameter in named.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON, StateKind
 from xtrain.errors import RequestError
 
+from ..moments import MOMENTS
 from .found import Found
 from .pickles import DynamicLossScale, Fragment, load
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 LATEST = {"deepspeed": "latest", "ds-universal": "latest_universal"}
-KEYS: dict[StateKind, str] = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
+KEYS: dict[StateKind, str] = {kind: key for key, kind in MOMENTS.items()}
 """Our kinds of moments, and the optimizer's names."""
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _DIVIDED = re.compile(r"mp_rank_(?!00_)|^layer_")

@@ -10,16 +10,9 @@ from torch import nn
 
 from xtrain.contract import StateForm, StateKey, StateKind, StatePiece, StateReader
 
+from ..moments import MOMENTS, kept_moments
 from ..step_counts import StepCounts, counted
 from .weights import Weights
-
-MOMENTS: dict[str, StateKind] = {
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "momentum_buffer": "momentum",
-}
-"""torch's name in an optimizer's state, and ours."""
-
 
 def state_layout(
     model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer
@@ -84,11 +77,10 @@ def _set_moments(
     updated: torch.Tensor, optimizer: torch.optim.Optimizer, reader: StateReader, name: str
 ) -> None:
     """Those that this optimizer keeps: all, or none (then it begins anew), whatever else is stored."""
-    kept = ("exp_avg", "exp_avg_sq") if "betas" in optimizer.defaults else ("momentum_buffer",)
-    stored = {key: reader.read(name, MOMENTS[key]) for key in kept}
+    stored = {key: reader.read(name, MOMENTS[key]) for key in kept_moments(optimizer)}
     if all(moment is None for moment in stored.values()):
         return
-    for key in kept:
+    for key in stored:
         optimizer.state[updated][key] = torch.empty_like(updated)
         _set(optimizer.state[updated][key], reader, name, MOMENTS[key])
 

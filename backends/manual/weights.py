@@ -32,6 +32,9 @@ class Weights:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: _updated(p, optimizer_on or p.device) for name, p in self.trained.items()}
         self.on_host = on_host
+        pairs = zip(self.trained.values(), self.updated.values(), strict=True)
+        self.copied = [(weight, master) for weight, master in pairs if weight is not master]
+        """Weights and their masters, where there are two."""
 
     def gradients(self) -> list[torch.Tensor]:
         """fp32, on the tensors that the optimizer updates; parameters without a gradient left out.
@@ -59,17 +62,16 @@ class Weights:
 
     def masters(self) -> list[nn.Parameter]:
         """fp32 copies beside the model's own weights."""
-        return [master for _, master in self._copied()]
+        return [master for _, master in self.copied]
 
     @torch.no_grad()
     def publish(self) -> None:
         """Make the update visible to the model."""
-        copied = self._copied()
-        beside = [(weight, master) for weight, master in copied if weight.device == master.device]
+        beside = [(weight, master) for weight, master in self.copied if weight.device == master.device]
         if beside:
             weights, masters = zip(*beside, strict=True)
             torch._foreach_copy_(list(weights), list(masters))
-        for weight, master in copied:
+        for weight, master in self.copied:
             if weight.device != master.device:
                 copy_over(master, weight)
 
@@ -84,11 +86,6 @@ class Weights:
             parameter.grad = None
         if self.on_host:
             self.on_host.clear()
-
-    def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Weights and their masters, where there are two."""
-        pairs = zip(self.trained.values(), self.updated.values(), strict=True)
-        return [(weight, master) for weight, master in pairs if weight is not master]
 
 
 def _updated(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
