@@ -1,4 +1,4 @@
-"""Stage 3's bounds on gathering where only the built model tells its sizes: `factory:` and `hf:`."""
+"""Buckets and bounds where only the built model tells its sizes: `factory:` and `hf:`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from xtrain.contract import JSON, Resolved
 from xtrain.errors import RequestError
 from xtrain.models.blocks import find_blocks
 
-from .zero import BLOCK, PERSISTENT, Pieces, gathering_bounds, pieces_of, stage_of
+from .zero import BLOCK, PERSISTENT, Pieces, pieces_of, sizes, stage_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from xtrain.spec.tree import Spec
 
-UNBOUNDED = (
-    "how much is gathered at once is left at DeepSpeed's defaults: the model has no list of blocks to "
-    "measure; name it in model.blocks"
+UNSIZED = (
+    "ZeRO's buckets, and at stage 3 how much is gathered at once, are left at DeepSpeed's defaults: the model "
+    "has no list of blocks to measure; name it in model.blocks"
 )
 
 
@@ -29,7 +29,7 @@ def built_pieces(model: nn.Module, path: str | None) -> Pieces | None:
     RequestError where `path`, the spec's model.blocks, is not that of a list.
     """
     try:
-        blocks = find_blocks(model, path, "memory.sharding: parameters")
+        blocks = find_blocks(model, path, "memory.sharding")
     except RequestError:
         if path is not None:
             raise
@@ -47,24 +47,24 @@ def built_pieces(model: nn.Module, path: str | None) -> Pieces | None:
     )
 
 
-def bounds_of(spec: Spec, model: nn.Module) -> dict[str, JSON] | None:
-    """Keys of zero_optimization; none where they are known already, None where they never will be."""
-    if stage_of(spec) != 3 or pieces_of(spec) is not None:
+def built_sizes(spec: Spec, model: nn.Module, world: int) -> dict[str, JSON] | None:
+    """Keys of zero_optimization; none where nothing is to be added, None where nobody can tell them."""
+    if stage_of(spec) == 0 or pieces_of(spec) is not None:
         return {}
     pieces = built_pieces(model, spec.model.blocks)
     if pieces is None:
         return None
-    return {one.key.removeprefix(f"{BLOCK}."): one.value for one in gathering_bounds(spec, pieces)}
+    return {one.key.removeprefix(f"{BLOCK}."): one.value for one in sizes(spec, pieces, world)}
 
 
-def bounded(ds_config: Mapping[str, Any], bounds: Mapping[str, JSON]) -> dict[str, Any]:
-    """With `bounds`, where the ds_config does not say otherwise."""
-    return {**ds_config, BLOCK: {**bounds, **ds_config[BLOCK]}}
+def sized(ds_config: Mapping[str, Any], found: Mapping[str, JSON]) -> dict[str, Any]:
+    """With the sizes that were found, where the ds_config does not say otherwise."""
+    return {**ds_config, BLOCK: {**found, **ds_config[BLOCK]}}
 
 
-def completed(resolved: Resolved, bounds: Mapping[str, JSON]) -> Resolved:
+def completed(resolved: Resolved, found: Mapping[str, JSON]) -> Resolved:
     """With the ds_config as it is used."""
-    config = bounded(resolved.settings["ds_config"], bounds)  # type: ignore[arg-type]
+    config = sized(resolved.settings["ds_config"], found)  # type: ignore[arg-type]
     settings, files = {**resolved.settings, "ds_config": config}, {**resolved.files, "ds_config.json": config}
     return replace(resolved, settings=settings, files=files)
 

@@ -42,7 +42,7 @@ from ..full import full_place
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
-from .built_sizes import UNBOUNDED, bounded, bounds_of, completed
+from .built_sizes import UNSIZED, built_sizes, completed, sized
 from .communication import communication_traced
 from .construct import bound_gathering, build
 from .drive import Drive
@@ -79,10 +79,10 @@ class DeepSpeedEngine:
         self.data_rank, self.data_size = job.rank, job.world
         self.drive = Drive(cast(dict[str, Any], resolved.settings["ds_config"]))
         built = build(source, self.drive.config, self.stage, job)
-        bounds = bounds_of(spec, built.model)
-        self.drive.config = bounded(self.drive.config, bounds or {})
-        self.resolved = completed(resolved, bounds or {})
-        self.notes: Sequence[str] = built.notes if bounds is not None else (*built.notes, UNBOUNDED)
+        sizes = built_sizes(spec, built.model, job.world)
+        self.drive.config = sized(self.drive.config, sizes or {})
+        self.resolved = completed(resolved, sizes or {})
+        self.notes: Sequence[str] = built.notes if sizes is not None else (*built.notes, UNSIZED)
         self.parameter_count = built.parameter_count
         compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)

@@ -11,7 +11,7 @@ from xtrain.plan.layout import HOST, Categories
 from xtrain.plan.model import FP32
 from xtrain.plan.step import Moment, Step
 
-from .zero import BLOCK, DEFAULT_BUCKET, bucket_numbers, offload_of, pieces_of, stage_of
+from .zero import BLOCK, bucket_numbers, offload_of, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -32,8 +32,8 @@ class Partitioned:
     stage: int
     world: int
     state_on_host: bool
-    bucket: int
-    """Numbers that gradients are collected in before they are reduced."""
+    given_bucket: int | None
+    """Numbers in it as an override has them."""
 
     def held(self, step: Step, moment: Moment) -> Mapping[str, Categories]:
         held: defaultdict[str, Categories] = defaultdict(Counter)
@@ -135,11 +135,16 @@ class Partitioned:
         in_backward = moment.phase == "pass" and (moment.at is not None or moment.made_blocks > 0)
         unreduced = self.stage == 1 and step.accumulation > 1 and moment.phase == "pass"
         count = 1 if self.stage == 3 else 2 if self.stage and (in_backward or unreduced) else 0
-        return count * self.bucket * step.widths.weight
+        return count * self.bucket(step) * step.widths.weight
+
+    def bucket(self, step: Step) -> int:
+        """Numbers that gradients are collected in before they are reduced."""
+        return self.given_bucket or bucket_numbers(step.model.block_parameters)
 
     def _full_bucket(self, step: Step) -> int:
         """Numbers in a bucket when the next gradient has no room in it: whole blocks, by and large."""
-        return max(self.bucket - self.bucket % step.model.block_parameters, 1)
+        bucket = self.bucket(step)
+        return max(bucket - bucket % step.model.block_parameters, 1)
 
     def _reduced(self, step: Step, moment: Moment) -> int:
         """Numbers of gradients of this pass that have left the buckets."""
@@ -177,14 +182,11 @@ def layout_of(spec: Spec, world: int, device: str) -> Partitioned | None:
     if offload.parameters.enabled or offload.optimizer.device == "nvme":
         return None
     on_host = offload.optimizer.enabled and device != HOST
-    return Partitioned(device, stage_of(spec), world, on_host, _bucket_of(spec))
+    return Partitioned(device, stage_of(spec), world, on_host, _given_bucket(spec))
 
 
-def _bucket_of(spec: Spec) -> int:
-    """As the ds_config has it."""
+def _given_bucket(spec: Spec) -> int | None:
     override = (spec.deepspeed or {}).get(BLOCK)
     given = override.get("reduce_bucket_size") if isinstance(override, dict) else None
-    if isinstance(given, int | float):  # 5e8 too, as DeepSpeed's documentation writes it
-        return int(given)
-    pieces = pieces_of(spec)
-    return bucket_numbers(pieces) if pieces else DEFAULT_BUCKET
+    # 5e8 too, as DeepSpeed's documentation writes it
+    return int(given) if isinstance(given, int | float) else None

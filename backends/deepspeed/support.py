@@ -18,7 +18,7 @@ from .fp16 import fp16_problems
 from .nvme import nvme_problems
 from .overrides import override_notes, override_problems
 from .translate import declared_settings
-from .zero import STAGES, offload_of, stage_of
+from .zero import is_raised, offload_of, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -49,7 +49,7 @@ def find_spec_problems(spec: Spec, world: int) -> list[Problem]:
 def find_notes(spec: Spec) -> list[str]:
     """Decisions that are not the spec's own words."""
     notes = compile_notes(spec)
-    if spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]:
+    if is_raised(spec):
         notes.append(
             "ZeRO stage 1 instead of 0: "
             f"DeepSpeed trains wrongly at stage 0 with {spec.precision.weights} weights"
@@ -77,7 +77,7 @@ def find_idle(spec: Spec, world: int) -> dict[str, str]:
         found["memory.offload.activations"] = (
             "memory.offload.activations does nothing here: the device is the CPU"
         )
-    works_on_blocks = recomputes(spec) or spec.train.compile or stage_of(spec) == 3
+    works_on_blocks = recomputes(spec) or spec.train.compile or stage_of(spec) > 0
     if spec.model.blocks is not None and not works_on_blocks:
         found["model.blocks"] = "model.blocks is not used: nothing in this spec works on single blocks"
     if spec.manual is not None:

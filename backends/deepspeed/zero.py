@@ -1,8 +1,7 @@
 """The zero_optimization and aio blocks: stage, buckets, offload.
 
-Sizes follow from the model where they can be known without building it (presets; of others `built_sizes`
-takes what bounds gathering). DeepSpeed's own defaults, made for models of many billions, would gather all
-of a small one.
+Sizes follow from the model: of a preset before it is built, of others once it is (`built_sizes`). DeepSpeed's
+own defaults, made for models of many billions, would gather all of a small one.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage by `memory.sharding`."""
 SMALLEST_BUCKET = 2**22
 """Elements; below it a collective costs its latency, whatever its size."""
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's own, where the model's sizes are not known beforehand."""
 PERSISTENT = 100_000
 """Numbers up to which DeepSpeed keeps a parameter whole, where it is not told."""
 PARAMETER_BUFFERS = 4
@@ -77,46 +74,51 @@ def stage_of(spec: Spec) -> int:
 def zero_settings(spec: Spec, world: int) -> Iterator[Setting]:
     """zero_optimization, and aio where something lives on a drive."""
     stage, pieces = stage_of(spec), pieces_of(spec)
-    raised = "raised from 0: DeepSpeed trains 16-bit weights wrongly there" if _raised(spec) else ""
+    raised = "raised from 0: DeepSpeed trains 16-bit weights wrongly there" if is_raised(spec) else ""
     yield Setting(f"{BLOCK}.stage", stage, ("memory.sharding",), raised)
     yield Setting(f"{BLOCK}.contiguous_gradients", True, (), "fixed: DeepSpeed's default, keeps memory whole")
     yield Setting(f"{BLOCK}.overlap_comm", True, (), "fixed: reduce while backward goes on")
     if pieces is not None:
-        yield from _buckets(pieces)
+        yield from sizes(spec, pieces, world)
     if stage == 3:
-        yield from _gathering(spec, pieces)
+        reason = "fixed: xtrain saves fp32 weights by itself"
+        yield Setting(f"{BLOCK}.stage3_gather_16bit_weights_on_model_save", False, (), reason)
     reason = "fixed: DeepSpeed's default replaces torch's linear in the whole process, and changes autocast"
     yield Setting(f"{BLOCK}.memory_efficient_linear", False, (), reason)
-    if spec.memory != "auto":
-        yield from _offload(spec, pieces, world)
+    yield from _offload(spec, pieces, world)
 
 
-def _raised(spec: Spec) -> bool:
+def is_raised(spec: Spec) -> bool:
+    """Whether the stage is higher than the spec says."""
     return spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]
 
 
-def bucket_numbers(pieces: Pieces) -> int:
-    """Of reduce_bucket_size and allgather_bucket_size."""
-    return max(pieces.block, SMALLEST_BUCKET)
+def bucket_numbers(block: int) -> int:
+    """Of reduce_bucket_size and allgather_bucket_size, for blocks of so many; DeepSpeed takes no odd one."""
+    return max(block + block % 2, SMALLEST_BUCKET)
+
+
+def sizes(spec: Spec, pieces: Pieces, world: int) -> Iterator[Setting]:
+    """All that DeepSpeed reads once the model is built: buckets, bounds on gathering, swapped groups."""
+    yield from _buckets(pieces)
+    if stage_of(spec) == 3:
+        yield from _gathering_bounds(spec, pieces)
+    if offload_of(spec).optimizer.device == "nvme":
+        share = -(-max(pieces.block, pieces.largest) // world)
+        rule = "one rank's share of a block: a buffer holds a sub-group, by default the whole model"
+        yield Setting(f"{BLOCK}.sub_group_size", share, MODEL, rule)
 
 
 def _buckets(pieces: Pieces) -> Iterator[Setting]:
-    bucket = bucket_numbers(pieces)
+    bucket = bucket_numbers(pieces.block)
     rule = f"one block's parameters (12 h^2 + 13 h), at least {SMALLEST_BUCKET:,}"
     yield Setting(f"{BLOCK}.reduce_bucket_size", bucket, MODEL, rule)
     yield Setting(f"{BLOCK}.allgather_bucket_size", bucket, MODEL, rule)
 
 
-def _gathering(spec: Spec, pieces: Pieces | None) -> Iterator[Setting]:
-    if pieces is not None:
-        yield from gathering_bounds(spec, pieces)
-    reason = "fixed: xtrain saves fp32 weights by itself"
-    yield Setting(f"{BLOCK}.stage3_gather_16bit_weights_on_model_save", False, (), reason)
-
-
-def gathering_bounds(spec: Spec, pieces: Pieces) -> Iterator[Setting]:
+def _gathering_bounds(spec: Spec, pieces: Pieces) -> Iterator[Setting]:
     """How much stage 3 may have whole at once; gathered parameters stay below max_live_parameters."""
-    on_drive = spec.memory != "auto" and spec.memory.offload.parameters.device == "nvme"
+    on_drive = offload_of(spec).parameters.device == "nvme"
     prefetch = 0 if on_drive else pieces.block
     rule = "0: with parameters on a drive, swap buffers run out" if on_drive else "one block ahead"
     yield Setting(f"{BLOCK}.stage3_prefetch_bucket_size", prefetch, MODEL, rule)
@@ -140,10 +142,6 @@ def _offload(spec: Spec, pieces: Pieces | None, world: int) -> Iterator[Setting]
     if optimizer.device == "nvme":
         reason = "fixed: parameter, gradient and Adam's two moments"
         yield Setting(f"{BLOCK}.offload_optimizer.buffer_count", 4, (), reason)
-    if optimizer.device == "nvme" and pieces is not None:
-        share = -(-max(pieces.block, pieces.largest) // world)
-        rule = "one rank's share of a block: a buffer holds a sub-group, by default the whole model"
-        yield Setting(f"{BLOCK}.sub_group_size", share, MODEL, rule)
     if parameters.enabled:
         yield from _target(f"{BLOCK}.offload_param", parameters, "memory.offload.parameters")
     if parameters.device == "nvme" and pieces is not None:

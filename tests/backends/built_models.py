@@ -43,6 +43,26 @@ class Thorough(nn.Module):
         return self.head(hidden)  # type: ignore[no-any-return]
 
 
+class Square(nn.Module):
+    """Two layers of one square matrix each, a little larger than the smallest bucket: an odd number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 2049
+        self.table = nn.Embedding(8192, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden @ self.table.weight.T
+
+
+def square() -> nn.Module:
+    return Square()
+
+
 def thorough() -> nn.Module:
     return Thorough()
 

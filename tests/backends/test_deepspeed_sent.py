@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from backends.deepspeed.built_sizes import built_sizes, sized
+from backends.deepspeed.zero import BLOCK
 from benchmarks.plan_cases import LLAMA
+from tests.backends.built_models import square
 from tests.backends.sent_worker import make_spec
 from tests.jobs import ON_THE_CPU, run_job
 from xtrain import registry
@@ -38,13 +42,17 @@ def layout_of(spec: Spec) -> Any:
     return backend.layout(spec, WORLD, HOST)
 
 
+def step_of(spec: Spec) -> Step:
+    return Step(spec, planned_model(spec, HOST).bytes(spec), spec.accumulation(WORLD))
+
+
 def planned(changes: dict[str, Any]) -> int:
     spec = make_spec(changes)
-    step = Step(spec, planned_model(spec, HOST).bytes(spec), spec.accumulation(WORLD))
-    return int(layout_of(spec).sent_bytes(step))
+    return int(layout_of(spec).sent_bytes(step_of(spec)))
 
 
 BUCKET = "reduce_bucket_size"
+BUILT = "tests.backends.built_models:square"
 
 
 @pytest.mark.parametrize(
@@ -54,14 +62,16 @@ BUCKET = "reduce_bucket_size"
         {"model": {"preset": "gpt2-medium"}},
         {"deepspeed": {"zero_optimization": {BUCKET: 12_345}}},
         {"deepspeed": {"zero_optimization": {BUCKET: 2e8}}},
-        {"model": {"factory": "tests.plan.test_traced:build"}},
+        {"model": {"factory": BUILT}},
+        {"model": {"factory": BUILT}, "deepspeed": {"zero_optimization": {BUCKET: 12_345}}},
     ],
 )
-def test_the_planned_bucket_is_the_ds_config_s(changes: dict[str, Any]) -> None:
+def test_the_planned_bucket_is_the_run_s(changes: dict[str, Any]) -> None:
     spec = make_spec({"memory": {"sharding": "gradients"}, **changes})
     settings: Any = registry.load("deepspeed").resolve(spec, WORLD).settings
-    by_default = 500_000_000  # DeepSpeed's
-    assert layout_of(spec).bucket == settings["ds_config"]["zero_optimization"].get(BUCKET, by_default)
+    with torch.device("meta"):
+        found = built_sizes(spec, square(), WORLD) or {}  # the preset's are known
+    assert layout_of(spec).bucket(step_of(spec)) == sized(settings["ds_config"], found)[BLOCK][BUCKET]
 
 
 def test_one_process_gathers_nothing() -> None:

@@ -45,10 +45,20 @@ def ds_config(spec: Spec, world: int = WORLD) -> dict[str, Any]:
 
 
 SGD = {"name": "sgd", "lr": 0.3, "momentum": 0.9}
+STATE = {"optimizer": "cpu", "gradients": "cpu"}
 CASES: dict[str, dict[str, Any]] = {
     f"{precision}-{sharding}": {"memory": {"sharding": sharding}, "precision": precision}
     for precision in ("fp32", "bf16")
-    for sharding in ("none", "gradients", "parameters")
+    for sharding in ("none", "optimizer", "gradients", "parameters")
+}
+CASES |= {
+    f"{sharding}-{name} offloaded": {"memory": {"sharding": sharding, "offload": offload}}
+    for sharding, name, offload in (
+        ("optimizer", "state", STATE),
+        ("gradients", "state", STATE),
+        ("parameters", "state", STATE),
+        ("parameters", "everything", {**STATE, "parameters": "cpu"}),
+    )
 }
 CASES["sgd"] = {"optimizer": SGD, "train": {"steps": 6, "clip": None}, "schedule": "cosine"}
 CASES["bf16-weights"] = {
