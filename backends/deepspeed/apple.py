@@ -75,17 +75,15 @@ def mac_problems(spec: Spec, world: int, macos: tuple[int, ...]) -> Iterator[Pro
     if spec.precision.dtype == "bf16" and macos < BF16_MACOS:
         expected = "Metal has bf16 from macOS 14 on"
         yield Problem("precision", "bf16", expected, "use fp16 or fp32, or update macOS")
-    if spec.memory == "auto":
-        return
     for name in Offload.model_fields:
-        if getattr(spec.memory.offload, name).device == "nvme":
+        if getattr(spec.techniques.offload, name).device == "nvme":
             expected = "DeepSpeed has no asynchronous file operator for macOS"
             yield Problem(f"memory.offload.{name}.device", "nvme", expected, "use cpu")
 
 
 def mac_notes(spec: Spec) -> Iterator[str]:
     yield f"DeepSpeed on MPS is {UNTRIED}; the same spec on the mps backend is the one to compare with"
-    if spec.memory != "auto" and spec.memory.offload != Offload():
+    if spec.techniques.offload != Offload():
         yield (
             "on unified memory offload frees no physical byte: it makes room under Metal's working-set "
             "limit, and lets the CPU's cores do the update"

@@ -14,12 +14,10 @@ from xtrain.spec.keys import covering
 from xtrain.spec.nearest import divisors, either, neighbours
 from xtrain.spec.tree import AdamW
 
-from .zero import offload_of, stage_of
+from .zero import BLOCK, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
-
-ZERO = "zero_optimization"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Condition:
 
 
 def _on_drive(spec: Spec) -> set[str]:
-    offload = offload_of(spec)
+    offload = spec.techniques.offload
     return {name for name in ("optimizer", "parameters") if getattr(offload, name).device == "nvme"}
 
 
@@ -45,7 +43,7 @@ EARLY = Condition(
 )
 LATE = Condition(lambda spec: stage_of(spec) == 3, "at ZeRO stage 3", "set memory.sharding: parameters")
 OPTIMIZER_AWAY = Condition(
-    lambda spec: offload_of(spec).optimizer.enabled,
+    lambda spec: spec.techniques.offload.optimizer.enabled,
     "with an offloaded optimizer",
     "set memory.offload.optimizer",
 )
@@ -55,7 +53,7 @@ OPTIMIZER_SWAPPED = Condition(
     "set memory.offload.optimizer: {device: nvme, path: ...}",
 )
 PARAMETERS_AWAY = Condition(
-    lambda spec: offload_of(spec).parameters.enabled,
+    lambda spec: spec.techniques.offload.parameters.enabled,
     "with offloaded parameters",
     "set memory.offload.parameters",
 )
@@ -79,18 +77,18 @@ LOUD = Condition(
 READ_WHEN: dict[str, Condition] = {
     **dict.fromkeys(("comms_logger", "dump_state", "steps_per_print"), LOUD),
     **{
-        f"{ZERO}.offload_optimizer.{key}": OPTIMIZER_SWAPPED
+        f"{BLOCK}.offload_optimizer.{key}": OPTIMIZER_SWAPPED
         for key in ("buffer_count", "fast_init", "pipeline_read", "pipeline_write")
     },
-    f"{ZERO}.offload_optimizer": OPTIMIZER_AWAY,
+    f"{BLOCK}.offload_optimizer": OPTIMIZER_AWAY,
     **{
-        f"{ZERO}.offload_param.{key}": PARAMETERS_SWAPPED
+        f"{BLOCK}.offload_param.{key}": PARAMETERS_SWAPPED
         for key in ("buffer_count", "buffer_size", "max_in_cpu")
     },
-    f"{ZERO}.offload_param": PARAMETERS_AWAY,
+    f"{BLOCK}.offload_param": PARAMETERS_AWAY,
     "aio": SWAPPED,
     **{
-        f"{ZERO}.{key}": EARLY
+        f"{BLOCK}.{key}": EARLY
         for key in (
             "allgather_bucket_size",
             "ignore_unused_parameters",
@@ -100,7 +98,7 @@ READ_WHEN: dict[str, Condition] = {
         )
     },
     **{
-        f"{ZERO}.{key}": LATE
+        f"{BLOCK}.{key}": LATE
         for key in (
             "enable_sanity_checks",
             "leaf_module",
@@ -119,7 +117,7 @@ READ_WHEN: dict[str, Condition] = {
             "zero_hpz_partition_size",
         )
     },
-    ZERO: SHARDED,
+    BLOCK: SHARDED,
 }
 """The first entry that covers a key tells when DeepSpeed reads it; keys without one are read always."""
 

@@ -55,7 +55,7 @@ from .optimizer import build_optimizer
 from .random import random_state, set_random_state
 from .saved import keeping
 from .votes import Votes
-from .zero import offload_of, stage_of
+from .zero import stage_of
 
 
 class DeepSpeedEngine:
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         compile_model(built.model, spec)
         checkpoint_activations(built.model, spec)
         self.first_step = FirstStep(spec, first_rank=job.rank == 0)
-        self.parks_activations = offload_of(spec).activations.enabled
+        self.parks_activations = spec.techniques.offload.activations.enabled
         self.threads = torch.get_num_threads()
         self.matmul_precision = torch.get_float32_matmul_precision()
         self.optimizer = build_optimizer(spec.optimizer, built.model, built.decayed)

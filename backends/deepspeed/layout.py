@@ -11,7 +11,7 @@ from xtrain.plan.layout import HOST, Categories
 from xtrain.plan.model import FP32
 from xtrain.plan.step import Moment, Step
 
-from .zero import BLOCK, bucket_numbers, offload_of, stage_of
+from .zero import BLOCK, bucket_numbers, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -178,7 +178,7 @@ def _made(step: Step, moment: Moment) -> int:
 
 def layout_of(spec: Spec, world: int, device: str) -> Partitioned | None:
     """None where parameters leave the device, or anything is on a drive."""
-    offload = offload_of(spec)
+    offload = spec.techniques.offload
     if offload.parameters.enabled or offload.optimizer.device == "nvme":
         return None
     on_host = offload.optimizer.enabled and device != HOST

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-ZERO = "zero_optimization"
+from .zero import BLOCK
 
 
 class Row(NamedTuple):
@@ -25,19 +25,19 @@ MAPPING: dict[str, Row] = {
     "model": Row(NOT_IN, LOOP),
     "model.hidden": Row(
         (
-            f"{ZERO}.reduce_bucket_size",
-            f"{ZERO}.allgather_bucket_size",
-            f"{ZERO}.stage3_prefetch_bucket_size",
-            f"{ZERO}.stage3_param_persistence_threshold",
-            f"{ZERO}.stage3_max_live_parameters",
-            f"{ZERO}.stage3_max_reuse_distance",
-            f"{ZERO}.offload_param.buffer_size",
-            f"{ZERO}.sub_group_size",
+            f"{BLOCK}.reduce_bucket_size",
+            f"{BLOCK}.allgather_bucket_size",
+            f"{BLOCK}.stage3_prefetch_bucket_size",
+            f"{BLOCK}.stage3_param_persistence_threshold",
+            f"{BLOCK}.stage3_max_live_parameters",
+            f"{BLOCK}.stage3_max_reuse_distance",
+            f"{BLOCK}.offload_param.buffer_size",
+            f"{BLOCK}.sub_group_size",
         ),
         "one layer at a time, as it stands in the model",
     ),
     "model.vocab_size": Row(
-        (f"{ZERO}.stage3_max_live_parameters", f"{ZERO}.offload_param.buffer_size"),
+        (f"{BLOCK}.stage3_max_live_parameters", f"{BLOCK}.offload_param.buffer_size"),
         "the logits are made in chunks",
     ),
     "data": Row(NOT_IN, LOOP),
@@ -89,18 +89,18 @@ MAPPING: dict[str, Row] = {
     "memory.checkpointing.every": Row(("activation_checkpointing.number_checkpoints",), "blocks per group"),
     "memory.checkpointing.number": Row(("activation_checkpointing.number_checkpoints",), "that many groups"),
     "memory.sharding": Row(
-        (f"{ZERO}.stage",), "one process has nothing to share out; parameters: layers over devices"
+        (f"{BLOCK}.stage",), "one process has nothing to share out; parameters: layers over devices"
     ),
     "memory.offload.optimizer.device": Row(
-        (f"{ZERO}.offload_optimizer.device",), "moments, masters and the update on the CPU"
+        (f"{BLOCK}.offload_optimizer.device",), "moments, masters and the update on the CPU"
     ),
-    "memory.offload.optimizer.path": Row((f"{ZERO}.offload_optimizer.nvme_path",), "refused"),
+    "memory.offload.optimizer.path": Row((f"{BLOCK}.offload_optimizer.nvme_path",), "refused"),
     "memory.offload.gradients": Row(NOT_IN, "each gradient leaves as soon as it is there"),
     "memory.offload.parameters.device": Row(
-        (f"{ZERO}.offload_param.device",),
+        (f"{BLOCK}.offload_param.device",),
         "refused: layers over devices instead (memory.sharding: parameters)",
     ),
-    "memory.offload.parameters.path": Row((f"{ZERO}.offload_param.nvme_path",), "refused"),
+    "memory.offload.parameters.path": Row((f"{BLOCK}.offload_param.nvme_path",), "refused"),
     "memory.offload.activations": Row(
         ("activation_checkpointing.partition_activations", "activation_checkpointing.cpu_checkpointing"),
         "what checkpointing keeps waits on the CPU",

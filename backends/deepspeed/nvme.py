@@ -22,10 +22,8 @@ INSTALL = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora)"
 
 def nvme_problems(spec: Spec, has_libaio: bool | None = None) -> Iterator[Problem]:
     """Folders that are not there or not writable, and the library that DeepSpeed writes with."""
-    if spec.memory == "auto":
-        return
     for name in Offload.model_fields:
-        target = getattr(spec.memory.offload, name)
+        target = getattr(spec.techniques.offload, name)
         if target.device != "nvme" or not target.path:
             continue
         path = f"memory.offload.{name}"

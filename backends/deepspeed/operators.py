@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .zero import offload_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -22,7 +21,7 @@ FILES = "async_io"
 
 def needed(spec: Spec, on_cpu: bool) -> list[str]:
     """The operators that a run of `spec` loads."""
-    targets = (offload_of(spec).optimizer, offload_of(spec).parameters)
+    targets = (spec.techniques.offload.optimizer, spec.techniques.offload.parameters)
     on_drive = any(target.device == "nvme" for target in targets)
     return [SHARED_MEMORY] * on_cpu + [FILES] * on_drive
 

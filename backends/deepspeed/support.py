@@ -18,7 +18,7 @@ from .fp16 import fp16_problems
 from .nvme import nvme_problems
 from .overrides import override_notes, override_problems
 from .translate import declared_settings
-from .zero import is_raised, offload_of, stage_of
+from .zero import is_raised, stage_of
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -60,7 +60,8 @@ def find_notes(spec: Spec) -> list[str]:
         )
     if on_mac():
         notes += mac_notes(spec)
-    if offload_of(spec).optimizer.enabled and not offload_of(spec).gradients.enabled:
+    offload = spec.techniques.offload
+    if offload.optimizer.enabled and not offload.gradients.enabled:
         notes.append("gradients are offloaded too: DeepSpeed keeps them with the optimizer")
     return notes
 
@@ -68,12 +69,12 @@ def find_notes(spec: Spec) -> list[str]:
 def find_idle(spec: Spec, world: int) -> dict[str, str]:
     """Keys that are honoured by having nothing to do, with a sentence on why."""
     found = {}
-    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
-    if world == 1 and sharding != "none" and offload_of(spec) == Offload():
+    asked = spec.techniques
+    if world == 1 and asked.sharding != "none" and asked.offload == Offload():
         found["memory.sharding"] = (
             "memory.sharding saves nothing here: one process has nothing to shard it over"
         )
-    if offload_of(spec).activations.enabled and not sees_gpu():
+    if asked.offload.activations.enabled and not sees_gpu():
         found["memory.offload.activations"] = (
             "memory.offload.activations does nothing here: the device is the CPU"
         )
@@ -96,7 +97,7 @@ def _compile(spec: Spec) -> Iterator[Problem]:
 
 
 def _update(spec: Spec) -> Iterator[Problem]:
-    if spec.memory != "auto" and spec.memory.optimizer_in_backward:
+    if spec.techniques.optimizer_in_backward:
         expected = "expected false: DeepSpeed updates once all gradients are reduced"
         nearest = "use memory.sharding: gradients, or --backend cuda or cpu with one process"
         yield Problem("memory.optimizer_in_backward", "true", expected, nearest)
@@ -118,7 +119,7 @@ def _precision(spec: Spec) -> Iterator[Problem]:
 
 def _offload(spec: Spec) -> Iterator[Problem]:
     """What DeepSpeed cannot move off the device, or not at this stage."""
-    offload, stage = offload_of(spec), stage_of(spec)
+    offload, stage = spec.techniques.offload, stage_of(spec)
     if offload.optimizer.enabled and stage == 0:
         expected = "expected sharding: DeepSpeed offloads from ZeRO stage 1 on, also with one process"
         found = str(offload.optimizer.device)

@@ -104,9 +104,7 @@ def _activation_checkpointing(spec: Spec) -> Iterator[Setting]:
 
     For models that call it: under xtrain none does, and recomputing and offloading are xtrain's own.
     """
-    if spec.memory == "auto":
-        return
-    groups, on_cpu = _groups(spec), spec.memory.offload.activations.device == "cpu"
+    groups, on_cpu = _groups(spec), spec.techniques.offload.activations.device == "cpu"
     if groups is None and not on_cpu:
         return
     block, off = "activation_checkpointing", "off unless deepspeed.activation_checkpointing says otherwise"
@@ -123,8 +121,7 @@ def _activation_checkpointing(spec: Spec) -> Iterator[Setting]:
 
 def _groups(spec: Spec) -> int | None:
     """How many groups of layers are recomputed, where that can be known without building the model."""
-    assert spec.memory != "auto"
-    every, number = spec.memory.checkpointing.every, spec.memory.checkpointing.number
+    every, number = spec.techniques.checkpointing.every, spec.techniques.checkpointing.number
     if every is not None and spec.model.preset is not None:
         return math.ceil(dimensions(spec).layers / every)
     return number

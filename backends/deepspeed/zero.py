@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON
 from xtrain.exchange.translation import Setting
 from xtrain.models.presets import dimensions
-from xtrain.spec.tree import Offload
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import OffloadTarget, Spec
@@ -66,8 +65,7 @@ def stage_of(spec: Spec) -> int:
     DeepSpeed 0.19.8 trains wrongly at stage 0 with its bf16 and fp16 blocks (the first update is
     that of Adam's second step).
     """
-    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
-    stage = STAGES[sharding]
+    stage = STAGES[spec.techniques.sharding]
     return max(stage, 1) if spec.precision.weights != "fp32" else stage
 
 
@@ -103,7 +101,7 @@ def sizes(spec: Spec, pieces: Pieces, world: int) -> Iterator[Setting]:
     yield from _buckets(pieces)
     if stage_of(spec) == 3:
         yield from _gathering_bounds(spec, pieces)
-    if offload_of(spec).optimizer.device == "nvme":
+    if spec.techniques.offload.optimizer.device == "nvme":
         share = -(-max(pieces.block, pieces.largest) // world)
         rule = "one rank's share of a block: a buffer holds a sub-group, by default the whole model"
         yield Setting(f"{BLOCK}.sub_group_size", share, MODEL, rule)
@@ -118,7 +116,7 @@ def _buckets(pieces: Pieces) -> Iterator[Setting]:
 
 def _gathering_bounds(spec: Spec, pieces: Pieces) -> Iterator[Setting]:
     """How much stage 3 may have whole at once; gathered parameters stay below max_live_parameters."""
-    on_drive = offload_of(spec).parameters.device == "nvme"
+    on_drive = spec.techniques.offload.parameters.device == "nvme"
     prefetch = 0 if on_drive else pieces.block
     rule = "0: with parameters on a drive, swap buffers run out" if on_drive else "one block ahead"
     yield Setting(f"{BLOCK}.stage3_prefetch_bucket_size", prefetch, MODEL, rule)
@@ -131,12 +129,8 @@ def _gathering_bounds(spec: Spec, pieces: Pieces) -> Iterator[Setting]:
     yield Setting(f"{BLOCK}.stage3_max_reuse_distance", pieces.block, MODEL, rule)
 
 
-def offload_of(spec: Spec) -> Offload:
-    return Offload() if spec.memory == "auto" else spec.memory.offload
-
-
 def _offload(spec: Spec, pieces: Pieces | None, world: int) -> Iterator[Setting]:
-    optimizer, parameters = offload_of(spec).optimizer, offload_of(spec).parameters
+    optimizer, parameters = spec.techniques.offload.optimizer, spec.techniques.offload.parameters
     if optimizer.enabled:
         yield from _target(f"{BLOCK}.offload_optimizer", optimizer, "memory.offload.optimizer")
     if optimizer.device == "nvme":

@@ -20,7 +20,6 @@ from .optimizer import build_optimizer
 from .out_of_memory import watch_memory
 from .placement import place, plan_placement
 from .precision import round_weights
-from .support import offload_of, updates_in_backward
 from .weights import Weights, hold_weights
 
 
@@ -50,10 +49,10 @@ def assemble(spec: Spec, source: ModelSource, devices: Sequence[Device]) -> Part
         place(model, placement)
         compile_model(model, spec)
         checkpoint_activations(model, spec)
-        weights = hold_weights(model, offload_of(spec))
+        weights = hold_weights(model, spec.techniques.offload)
     fused = {device.torch_device: device.fused_optimizer for device in (Cpu(), *devices)}
     all_fused = all(fused[p.device] for p in weights.updated.values())
     build = partial(build_optimizer, spec.optimizer, source=source, fused=all_fused)
     optimizer = build(weights.updated)
-    in_backward = UpdateInBackward(weights, optimizer, build) if updates_in_backward(spec) else None
+    in_backward = UpdateInBackward(weights, optimizer, build) if spec.techniques.optimizer_in_backward else None
     return Parts(model, weights, optimizer, in_backward, placement.notes())

@@ -11,7 +11,7 @@ from xtrain.plan.layout import DEVICE, HOST
 from xtrain.techniques.compiled import compile_notes
 
 from .here import missing_here
-from .support import device_names, find_idle, find_problems, offload_of
+from .support import device_names, find_idle, find_problems
 
 if TYPE_CHECKING:
     from xtrain.plan.places import Places
@@ -58,7 +58,7 @@ class ManualBackend:
             "accumulation": spec.accumulation(world),
             "fused_optimizer": all(
                 device_of(name).fused_optimizer
-                for name in (["cpu"] if offload_of(spec).optimizer.enabled else names)
+                for name in (["cpu"] if spec.techniques.offload.optimizer.enabled else names)
             ),
         }
         idle = list(find_idle(spec, self.name))

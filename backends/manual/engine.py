@@ -42,7 +42,6 @@ from .loss_scaling import LossScaler
 from .optimizer import set_learning_rate
 from .out_of_memory import memory_of, watch_memory
 from .precision import autocast
-from .support import offload_of
 
 
 class ManualEngine:
@@ -68,7 +67,7 @@ class ManualEngine:
         self.model, self.weights, self.optimizer = parts.model, parts.weights, parts.optimizer
         self.in_backward = parts.in_backward
         self.notes = parts.notes
-        self.parks_activations = offload_of(spec).activations.enabled
+        self.parks_activations = spec.techniques.offload.activations.enabled
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
         self.first_step = FirstStep(spec, first_rank=True)
         torch.manual_seed(spec.train.seed)  # dropout, from here on

@@ -26,7 +26,6 @@ from xtrain.techniques.checkpointing import groups, recomputes
 
 from ..dtypes import DTYPES
 from .chain import try_sequence
-from .support import offload_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def estimate_bytes(model: nn.Module, blocks: Sequence[nn.Module], spec: Spec) ->
         recomputed = max(recomputed, sum(kept.inside[place] for place in group))
         for place in group:
             in_backward[place] = kept.inputs[place]
-    if offload_of(spec).activations.enabled:
+    if spec.techniques.offload.activations.enabled:
         in_backward = [0] * len(blocks)
     state = [state_bytes(block.parameters(), spec) for block in blocks]
     return StepBytes(
@@ -64,8 +63,8 @@ def estimate_bytes(model: nn.Module, blocks: Sequence[nn.Module], spec: Spec) ->
 def state_bytes(parameters: Iterable[nn.Parameter], spec: Spec) -> int:
     """Weights, gradients, moments, and where the weights have 16 bits also masters, at their most."""
     weight = DTYPES[spec.precision.weights].itemsize
-    if offload_of(spec).optimizer.enabled:
-        trained = 0 if offload_of(spec).gradients.enabled else weight
+    if spec.techniques.offload.optimizer.enabled:
+        trained = 0 if spec.techniques.offload.gradients.enabled else weight
     else:
         trained = 4 + _optimizer_bytes(spec)  # at the update a gradient has 32 bits, whatever the weight has
     return sum(p.numel() * (weight + (trained if p.requires_grad else 0)) for p in parameters)
@@ -81,10 +80,10 @@ def _optimizer_bytes(spec: Spec) -> int:
 
 def _recomputed_groups(spec: Spec, blocks: int) -> Sequence[Sequence[int]]:
     """Empty where only the cheap operations are recomputed: what is kept then is most of it."""
-    if spec.memory == "auto" or not recomputes(spec):
+    if not recomputes(spec):
         return []
-    selective = spec.memory.checkpointing.selective
-    return [] if selective and selective.ops else groups(spec.memory.checkpointing, blocks)
+    chosen = spec.techniques.checkpointing
+    return [] if chosen.selective and chosen.selective.ops else groups(chosen, blocks)
 
 
 class KeptBytes:

@@ -10,7 +10,7 @@ from xtrain.plan.places import Places
 from xtrain.spec.tree import Offload
 
 from .counts import split_blocks
-from .support import device_names, offload_of, updates_in_backward
+from .support import device_names
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
@@ -22,8 +22,8 @@ def layout_of(spec: Spec, main: str) -> Places | None:
     As long as the device has no name, nothing is known of what is free: then all get alike.
     """
     home, *others = names = [_as_torch_says(name) for name in device_names(spec, main)]
-    offload = offload_of(spec) if home != HOST or set(others) - {HOST} else Offload()
-    at_once = updates_in_backward(spec)
+    offload = spec.techniques.offload if home != HOST or set(others) - {HOST} else Offload()
+    at_once = spec.techniques.optimizer_in_backward
     if set(names) == {home}:
         return Places(home, offload=offload, updates_in_backward=at_once)
     split = spec.manual.split if spec.manual else "auto"

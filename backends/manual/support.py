@@ -33,24 +33,15 @@ def device_names(spec: Spec, main: str) -> list[str]:
     """The devices that have the model's layers, in order; `main` is the backend's own."""
     named = spec.manual.devices if spec.manual else None
     if named is None:
-        sharded = spec.memory != "auto" and spec.memory.sharding == "parameters"
-        named = [MAIN, "cpu"] if sharded else [MAIN]
+        named = [MAIN, "cpu"] if spec.techniques.sharding == "parameters" else [MAIN]
     return [main if name == MAIN else name for name in named]
-
-
-def offload_of(spec: Spec) -> Offload:
-    return Offload() if spec.memory == "auto" else spec.memory.offload
-
-
-def updates_in_backward(spec: Spec) -> bool:
-    return spec.memory != "auto" and spec.memory.optimizer_in_backward
 
 
 def find_idle(spec: Spec, main: str) -> dict[str, str]:
     """Keys that are honoured by having nothing to do, with a sentence on why."""
     found = {}
     names = device_names(spec, main)
-    sharding = "none" if spec.memory == "auto" else spec.memory.sharding
+    sharding = spec.techniques.sharding
     if sharding in ("optimizer", "gradients"):
         found["memory.sharding"] = (
             f"memory.sharding: {sharding} does nothing here: one process has nothing to shard it over"
@@ -62,7 +53,7 @@ def find_idle(spec: Spec, main: str) -> dict[str, str]:
     if len(names) > 1 and len(set(names)) == 1:
         key = "manual.devices" if spec.manual and spec.manual.devices else "memory.sharding"
         found[key] = f"{key}: layers over devices, but all of them are {names[0]}, so no memory is saved"
-    if offload_of(spec) != Offload() and set(names) == {"cpu"}:
+    if spec.techniques.offload != Offload() and set(names) == {"cpu"}:
         found["memory.offload"] = "memory.offload does nothing here: the device is the CPU"
     whole = not recomputes(spec) and not spec.train.compile and len(names) == 1
     if spec.model.blocks is not None and whole:
@@ -94,7 +85,7 @@ def _precision(spec: Spec) -> Iterator[Problem]:
 
 
 def _offload(spec: Spec) -> Iterator[Problem]:
-    offload = offload_of(spec)
+    offload = spec.techniques.offload
     for name in ("optimizer", "gradients", "activations"):
         if getattr(offload, name).device == "nvme":
             expected = "this backend offloads to the CPU only"

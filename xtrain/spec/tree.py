@@ -354,6 +354,11 @@ class Spec(Section):
         return {"name": default, **value} if isinstance(value, dict) else value
 
     @property
+    def techniques(self) -> MemorySection:
+        """Those of `memory`; none under `auto`, as long as the planner has not chosen."""
+        return MemorySection() if self.memory == "auto" else self.memory
+
+    @property
     def micro_batch(self) -> int:
         """Sequences per forward pass of one process."""
         return self.batch.micro if self.batch.micro is not None else self.batch.global_
