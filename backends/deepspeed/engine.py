@@ -54,6 +54,7 @@ from .norm import clip_replicated
 from .optimizer import build_optimizer
 from .random import random_state, set_random_state
 from .saved import keeping
+from .shards import Shards, shards_of
 from .votes import Votes
 from .zero import stage_of
 
@@ -264,8 +265,8 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
-    def _shards(self) -> state.Shards:
-        return state.shards_of(self.engine, self.stage)
+    def _shards(self) -> Shards:
+        return shards_of(self.engine, self.stage)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from backends.deepspeed.state import Shards, export_state, import_state, shards_of, state_layout
+from backends.deepspeed.shards import Shards, shards_of
+from backends.deepspeed.state import export_state, import_state, state_layout
 from backends.step_counts import StepCounts
 from xtrain.contract import StateKey, StateKind
 
