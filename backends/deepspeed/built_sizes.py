@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
 UNSIZED = (
-    "ZeRO's buckets, and at stage 3 how much is gathered at once, are left at DeepSpeed's defaults: the model "
-    "has no list of blocks to measure; name it in model.blocks"
+    "ZeRO's buckets, and at stage 3 how much is gathered at once, are left at DeepSpeed's defaults: the "
+    "model has no list of blocks to measure; name it in model.blocks"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -15,14 +15,12 @@ from xtrain.contract import (
     JSON,
     Accept,
     Batch,
-    Counter,
     Holdings,
     Job,
     LossSum,
     Memory,
     ModelSource,
     Moment,
-    OutOfMemory,
     Resolved,
     StateForm,
     StateKey,
@@ -33,12 +31,10 @@ from xtrain.contract import (
     StepValues,
     Trace,
 )
-from xtrain.measure.ledger import count_bytes
 from xtrain.measure.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
-from ..full import full_place
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
@@ -52,6 +48,7 @@ from .holdings import holdings
 from .loss_scaling import DeferredGrowth
 from .norm import clip_replicated
 from .optimizer import build_optimizer
+from .out_of_memory import memory_of, watch_memory
 from .random import random_state, set_random_state
 from .saved import keeping
 from .shards import Shards, shards_of
@@ -280,23 +277,3 @@ def start_engine(resolved: Resolved, source: ModelSource, job: Job) -> DeepSpeed
     """Raises OutOfMemory where the model does not fit."""
     with watch_memory(device_of(job), "start", dict):
         return DeepSpeedEngine(resolved, source, job)
-
-
-@contextmanager
-def watch_memory(device: torch.device, moment: Moment, held: Callable[[], Holdings]) -> Iterator[None]:
-    """Raises OutOfMemory, with what is `held`, where `device` or the host is full."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        full = full_place(error, device)
-        if full is None:
-            raise
-        raise OutOfMemory(full, memory_of(torch.device(full), held()), moment) from error
-
-
-def memory_of(device: torch.device, holdings: Holdings) -> Memory:
-    live = reserved = None
-    if device.type == "cuda":
-        live = Counter(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), "counter")
-        reserved = Counter(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), "counter")
-    return Memory(live, reserved, count_bytes(holdings).get(str(device), {}))

@@ -16,7 +16,8 @@ from xtrain.checkpoints.format import Checkpoint
 from xtrain.contract import StateKind
 from xtrain.errors import RequestError
 
-from .stored import LATEST, MODEL_STATES
+from .stored import LATEST
+from .stored_whole import MODEL_STATES
 
 DS_VERSION = "0.19.8"
 """Whose form this is; loaders refuse a checkpoint without one."""

@@ -54,5 +54,7 @@ def assemble(spec: Spec, source: ModelSource, devices: Sequence[Device]) -> Part
     all_fused = all(fused[p.device] for p in weights.updated.values())
     build = partial(build_optimizer, spec.optimizer, source=source, fused=all_fused)
     optimizer = build(weights.updated)
-    in_backward = UpdateInBackward(weights, optimizer, build) if spec.techniques.optimizer_in_backward else None
+    in_backward = (
+        UpdateInBackward(weights, optimizer, build) if spec.techniques.optimizer_in_backward else None
+    )
     return Parts(model, weights, optimizer, in_backward, placement.notes())

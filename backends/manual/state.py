@@ -14,6 +14,7 @@ from ..moments import MOMENTS, kept_moments
 from ..step_counts import StepCounts, counted
 from .weights import Weights
 
+
 def state_layout(
     model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer
 ) -> dict[StateKey, StateForm]:

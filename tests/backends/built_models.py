@@ -56,7 +56,7 @@ class Square(nn.Module):
         hidden = self.table(tokens)
         for layer in self.layers:
             hidden = layer(hidden)
-        return hidden @ self.table.weight.T
+        return nn.functional.linear(hidden, self.table.weight)
 
 
 def square() -> nn.Module:

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 
-from backends.deepspeed.stored import Stored, open_state
+from backends.deepspeed.stored import open_state
+from backends.deepspeed.stored_whole import Stored
 from tests.checkpoints.test_foreign import as_deepspeed_names_it
 from xtrain.contract import StateKind
 from xtrain.errors import RequestError

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from backends.deepspeed.engine import watch_memory
+from backends.deepspeed.out_of_memory import watch_memory
 from backends.full import full_place
 from tests.backends.built_models import MORE_THAN_ANY_HOST_HAS
 from tests.clean_process import start_module
