@@ -4,7 +4,7 @@ Each case is a model, a shape of batch and a set of techniques, on the CPU. An e
 second is taken under the ledger (xtrain/measure/ledger.py), which counts every live tensor by category.
 Predicted and measured are the bytes of one process at the step's peak, each place by itself. Cases with
 2 processes run DeepSpeed on gloo; "simulated" is an accelerator made for tests, whose tensors cannot be the
-host's.
+host's. fp16 is computed slowly where the processor has none: that changes the time, not the tensors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from xtrain.plan.step import Step, preset_step
 from xtrain.spec.tree import Spec
 
 RESULTS = Path(__file__).parent / "results"
+EMULATED = "XTRAIN_EMULATED_FP16"
 NEGLIGIBLE = 0.05
 """Of all that a case holds: places with less are not compared; nor, by themselves, categories of a place."""
 
@@ -62,6 +63,10 @@ class Outcome:
     def difference(self, category: str) -> int:
         """Bytes, positive where too much was predicted."""
         return self.predicted.get(category, 0) - self.measured.get(category, 0)
+
+    def category_error(self, category: str) -> float:
+        """Of what was measured of it; never negative."""
+        return abs(self.difference(category)) / max(1, self.measured.get(category, 0))
 
     def holds(self, category: str) -> bool:
         """Whether it is more than a negligible part of the place, as predicted or as measured."""
@@ -169,11 +174,7 @@ def _by_lane(found: Sequence[Outcome]) -> Iterator[str]:
 def _by_category(found: Sequence[Outcome]) -> Iterator[str]:
     """Of the category itself where it is no negligible part of its place, and of the whole place."""
     for category in MEMORY_CATEGORIES:
-        own = [
-            abs(one.difference(category)) / max(1, one.measured.get(category, 0))
-            for one in found
-            if one.holds(category)
-        ]
+        own = [one.category_error(category) for one in found if one.holds(category)]
         of_all = [abs(one.difference(category)) / one.total for one in found]
         if own:
             yield (
@@ -190,13 +191,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--lane", help="only this backend's cases; writes nothing")
+    parser.add_argument("--only", help="only cases that this text is in, such as fp16; writes nothing")
     arguments = parser.parse_args()
-    wanted = [case for case in cases() if arguments.lane in (None, case.backend)]
+    os.environ[EMULATED] = "1"
+    wanted = [
+        case
+        for case in cases()
+        if arguments.lane in (None, case.backend) and (arguments.only or "") in str(case)
+    ]
     found = []
     for one in sweep(wanted):
         found.append(one)
         print(f"{one.error:+7.2%}  {one.place:6}  {one.at:9}  {one.case}", flush=True)
-    if arguments.lane:
+    if arguments.lane or arguments.only:
         print(report(found, len(wanted)))
         return
     folder: Path = arguments.out

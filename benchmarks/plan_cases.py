@@ -12,6 +12,8 @@ from xtrain.spec.tree import Spec
 
 BF16_WEIGHTS = {"dtype": "bf16", "weights": "bf16"}
 PRECISIONS = ("fp32", "bf16", BF16_WEIGHTS)
+FP16 = {"dtype": "fp16", "weights": "fp16"}
+FP16_AUTOCAST = {"dtype": "fp16", "weights": "fp32"}
 RECOMPUTED = (
     "auto",
     {"every": 1},
@@ -110,6 +112,11 @@ def cases() -> Iterator[Case]:
         yield from _llama(precision)
         yield from _placed(precision)
         yield from _sharded(precision)
+        yield from _updated_at_once(precision)
+    for precision in (FP16, FP16_AUTOCAST):
+        yield from _fp16(precision)
+    for sharding in ("optimizer", "gradients", "parameters"):
+        yield Case("deepspeed", 2, sharding=sharding, precision=FP16)
 
 
 def _gpt2(precision: Any) -> Iterator[Case]:
@@ -164,3 +171,30 @@ def _sharded(precision: Any) -> Iterator[Case]:
         checkpointing="auto",
         precision=precision,
     )
+
+
+def _updated_at_once(precision: Any) -> Iterator[Case]:
+    yield Case(layers=6, accumulation=1, micro=1, precision=precision, in_backward=True)
+    yield Case(
+        layers=6, accumulation=1, micro=1, checkpointing={"every": 1}, precision=precision, in_backward=True
+    )
+    yield Case(hf={}, accumulation=1, precision=precision, in_backward=True)
+    yield replace(GPT2_124M, accumulation=1, checkpointing="auto", precision=precision, in_backward=True)
+    yield Case(
+        SIMULATED,
+        layers=6,
+        accumulation=1,
+        offload={"optimizer": "cpu"},
+        checkpointing="auto",
+        precision=precision,
+        in_backward=True,
+    )
+
+
+def _fp16(precision: Any) -> Iterator[Case]:
+    yield Case(precision=precision)
+    yield Case(layers=6, checkpointing="auto", precision=precision)
+    yield Case(vocab_size=4000, loss_chunk="none", precision=precision)
+    yield Case(hf={}, precision=precision)
+    for offload in (STATE, {**STATE, "activations": "cpu"}):
+        yield Case(SIMULATED, layers=6, offload=offload, precision=precision)

@@ -108,8 +108,8 @@ class Partitioned:
         elif self.stage < 3:
             held["gradients"] += width * self._share(numbers if accumulated else 0)
             held["gradients"] += width * self._share(self._reduced(step, moment))
-        if accumulated or moment.at is not None:  # stage 3's own are claimed by its bucket
-            held["gradients" if self.stage < 3 else "other"] += width * moment.fresh
+        # stage 3's own are claimed by its bucket
+        held["gradients" if self.stage < 3 else "other"] += width * moment.fresh
 
     def _update(self, held: dict[str, Categories], step: Step) -> None:
         """Stage 0 flattens all gradients for the all-reduce; the others flatten a share, and widen it."""

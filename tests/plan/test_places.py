@@ -7,6 +7,7 @@ import pytest
 from benchmarks.plan_accuracy import outcomes
 from benchmarks.plan_cases import BF16_WEIGHTS, HALVES, SIMULATED, STATE, Case
 from benchmarks.plan_measure import measure
+from xtrain.contract import MEMORY_CATEGORIES
 
 WAYS = [
     Case(SIMULATED, offload={"optimizer": "cpu"}),
@@ -26,3 +27,5 @@ def test_each_place_is_predicted(case: Case) -> None:
     assert {one.place for one in found} == {"sim:0", "cpu"}
     for one in found:
         assert abs(one.error) <= WORST, (one.place, one.predicted, one.measured)
+        wrong = [name for name in MEMORY_CATEGORIES if one.holds(name) and one.category_error(name) > WORST]
+        assert not wrong, (one.place, one.predicted, one.measured)

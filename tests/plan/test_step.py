@@ -41,6 +41,7 @@ RECOMPUTED = [
     Case(layers=6, checkpointing={"selective": {"ratio": 0.5}}),
     Case(layers=6, checkpointing={"selective": {"ops": "cheap"}}, precision="bf16"),
     Case(layers=6, checkpointing="auto", precision=BF16_WEIGHTS),
+    Case(layers=2, checkpointing={"selective": {"ops": "cheap"}}, vocab_size=64),
 ]
 AT_ONCE = [
     Case(layers=6, accumulation=1, micro=1, checkpointing={"every": 1}, precision=precision, in_backward=True)

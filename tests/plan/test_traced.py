@@ -14,12 +14,16 @@ from benchmarks.plan_measure import measure
 from tests.models.families import write_config
 from tests.plan.test_step import plan
 from tests.small_runs import SPEC
+from xtrain.contract import MEMORY_CATEGORIES
 
-WORST = 0.12
+WORST, TOTAL_ERROR = 0.12, 0.02
+"""Of a category that is more than a negligible part, and of all."""
 CASES = [
     Case(hf={}),
     Case(hf={}, precision="bf16", accumulation=1),
     Case(hf={"num_hidden_layers": 6}, checkpointing="auto", precision=BF16_WEIGHTS),
+    Case(hf={}, checkpointing={"every": 1}),
+    Case(hf={"vocab_size": 300}, checkpointing={"selective": {"ops": "cheap"}}),
     Case(hf={"tie_word_embeddings": True, "vocab_size": 4000}),
 ]
 
@@ -27,7 +31,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_llama_s_peak_is_predicted(case: Case) -> None:
     (found,) = outcomes(case, measure(case))
-    assert abs(found.error) <= WORST, (found.predicted, found.measured)
+    assert abs(found.error) <= TOTAL_ERROR, (found.predicted, found.measured)
+    wrong = [name for name in MEMORY_CATEGORIES if found.holds(name) and found.category_error(name) > WORST]
+    assert not wrong, (found.predicted, found.measured)
     assert found.predicted["parameters"] == found.measured["parameters"]
     assert abs(found.predicted["optimizer"] - found.measured["optimizer"]) < 1000  # counts of updates
 

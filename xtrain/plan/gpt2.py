@@ -22,8 +22,9 @@ from xtrain.spec.tree import Spec
 
 STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 14
 """h's of a block that are kept as the stream between blocks has them, and as products take them."""
-PRODUCTS_KEPT = 10
-"""h's that `ops: cheap` keeps: what its five products and attention return (3 + 1 + 1 + 4 + 1)."""
+PRODUCTS_KEPT, PRODUCTS_BESIDE = 10, 2
+"""h's that `ops: cheap` keeps: what its four products and attention return (3 + 1 + 1 + 4 + 1); and those of
+them that are only added to the stream."""
 BLOCK_MATRICES, BLOCK_VECTORS = 12, 13
 """h^2's of weights and h's of biases and norms in a block."""
 EXPANSION = 4
@@ -59,6 +60,7 @@ def model_bytes(size: Dimensions, tokens: int, widths: Widths) -> ModelBytes:
         tied=True,
         block=tokens * (kept + statistics) + copies,
         block_without_cheap=stream + tokens * (h * PRODUCTS_KEPT * widths.compute + per_head),
+        products_beside=tokens * h * PRODUCTS_BESIDE * widths.compute,
         views=tokens * h * widths.compute,  # attention's output, as the projection after it sees it
         weight_copies=copies,
         expanded=EXPANSION * tokens * h * widths.compute,

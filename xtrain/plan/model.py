@@ -54,6 +54,8 @@ class ModelBytes:
     """All that one block keeps for its backward pass, its input too."""
     block_without_cheap: int
     """What `ops: cheap` keeps of a block."""
+    products_beside: int
+    """Of these, products that no backward pass asks for: they are there until the block's is done."""
     views: int
     """Of what a block keeps, views of something else that it keeps: a copy of each is one of its own."""
     weight_copies: int
@@ -64,6 +66,8 @@ class ModelBytes:
     """What is kept outside the blocks: by the final norm, for most models."""
     whole_logits: bool = False
     """Whether the loss is taken of the model's own logits, all at once."""
+    gated: bool = False
+    """Whether the largest tensor of a block is a product, element by element, of two as large."""
 
     @property
     def outside_parameters(self) -> int:

@@ -44,6 +44,10 @@ class Places:
     def _place(self, block: int) -> str:
         return self.blocks[block] if self.blocks else self.home
 
+    def _at(self, moment: Moment) -> str:
+        """Where the backward pass is."""
+        return self.home if moment.at is None else self._place(moment.at)
+
     def _updated(self, place: str) -> str:
         """Where the optimizer works on a weight that is at `place`."""
         return HOST if self.offload.optimizer.enabled else place
@@ -78,16 +82,14 @@ class Places:
         held[self._gathered(self.home)]["gradients"] += width * numbers_outside
         for place, numbers in blocks if accumulated else blocks[len(blocks) - moment.made_blocks :]:
             held[self._gathered(place)]["gradients"] += width * numbers
-        fresh = self.home if moment.at is None else self._place(moment.at)
-        if accumulated or moment.at is not None or self._gathered(fresh) != fresh:
-            held[fresh]["gradients"] += width * moment.fresh
+        held[self._at(moment)]["gradients"] += width * moment.fresh
 
     def _gradient(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
         """The one that is being made and used, and its fp32 copy where the optimizer has a master copy."""
-        place = self.home if moment.at is None else self._place(moment.at)
+        place = self._at(moment)
         updated = self._updated(place)
         held[place]["gradients"] += step.widths.weight * moment.fresh
-        if step.widths.weight != FP32 or updated != place:
+        if moment.final and (step.widths.weight != FP32 or updated != place):
             held[updated]["gradients"] += FP32 * moment.fresh
 
     def _gathered(self, place: str) -> str:
@@ -105,7 +107,7 @@ class Places:
         held[HOST if parked else self.home]["activations"] += moment.head
         held[self.home]["activations"] += moment.running
         held[self.home]["logits"] += moment.logits
-        at = self.home if moment.at is None else self._place(moment.at)
+        at = self._at(moment)
         held[at]["other"] += moment.other
         if parked and moment.at is not None:  # the two largest come back where their gradient is made
-            held[at]["other"] += 2 * model.expanded
+            held[at]["other"] += 2 * model.expanded - (model.stream if step.widths.autocast else 0)

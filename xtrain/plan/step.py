@@ -42,9 +42,11 @@ class Moment:
     made_blocks: int = 0
     """Blocks, from the last one, whose gradients this pass has made."""
     made_outside: int = 0
-    """Numbers of gradients made outside the blocks."""
+    """Numbers of gradients made outside the blocks, without what is fresh."""
     fresh: int = 0
     """Numbers of a gradient that is made, and not yet added to that of the passes before."""
+    final: bool = True
+    """Whether nothing else of this pass is to be added to what is fresh."""
     phase: Literal["pass", "update", "rest"] = "pass"
 
 
@@ -81,7 +83,7 @@ class Step:
         """In the order of the forward pass."""
         chosen, model = self.section.checkpointing, self.model
         if chosen.selective is not None and chosen.selective.ops:
-            again = model.block - model.block_without_cheap
+            again = model.block - model.block_without_cheap + model.products_beside
             return [Scope((model.block_without_cheap,), (again,))] * model.layers
         recomputed = groups(chosen, model.layers) if chosen != Checkpointing() else []
         inside = {place for group in recomputed for place in group}
@@ -95,11 +97,16 @@ class Step:
 
     def _loss(self) -> Moment:
         model = self.model
+        fresh = 0
         if self.chunk is None:
             running = model.tokens * model.hidden * self.widths.compute  # the normed stream
         else:  # and its gradient, and that of the head's matrix
-            running = 2 * model.stream + model.projection * FP32
+            running = 2 * model.stream
             running += model.tokens * model.hidden * 2 if self.widths.autocast else 0
+            if model.tied or self.widths.weight != FP32:  # one more is made of it
+                running += model.projection * FP32
+            else:
+                fresh = model.projection
         kept = tuple(chain.from_iterable(scope.kept for scope in self.scopes()))
         logits, beside = model.logits(self.chunk)
         return Moment(
@@ -109,6 +116,7 @@ class Step:
             running=running + beside + self._copies_of_the_pass(),
             logits=logits,
             other=model.ids,
+            fresh=fresh,
         )
 
     def _copies_of_the_pass(self) -> int:
@@ -130,7 +138,7 @@ class Step:
         for scope in reversed(scopes):
             last = model.layers - done - 1
             before = (0,) * (model.layers - done - len(scope.again))
-            yield Moment(
+            product = Moment(
                 "backward",
                 kept=tuple(chain.from_iterable(left)),
                 again=before + scope.again,
@@ -141,7 +149,21 @@ class Step:
                 made_outside=0 if model.tied else model.projection,
                 fresh=0 if self.widths.autocast else model.widest,
             )
+            yield product
+            if model.gated:
+                yield self._gate(product)
             done += len(left.pop())
+
+    def _gate(self, product: Moment) -> Moment:
+        """Of what a gate multiplied: its gradient, and those of both factors; the result itself is gone."""
+        model = self.model
+        gone = model.expanded + (2 * model.widest if self.widths.autocast else 0)
+        return replace(
+            product,
+            running=product.running - gone,
+            other=3 * model.expanded + model.stream + model.ids,
+            fresh=0,
+        )
 
     @property
     def _waiting(self) -> int:
@@ -156,13 +178,17 @@ class Step:
             running=self._waiting,
             other=(model.projection * self.widths.weight if model.tied else 0) + model.stream + model.ids,
             made_blocks=model.layers,
-            made_outside=model.outside_parameters,
+            made_outside=model.outside_parameters - model.projection,
             fresh=model.projection,
+            final=not model.tied,
         )
         yield tokens
+        rest = model.stream + model.ids
+        yield replace(tokens, running=0, other=rest, final=True)
         tables = model.projection * (1 if model.tied else 2)
         others = max(0, model.outside_parameters - tables)
-        yield replace(tokens, other=model.stream + model.ids, fresh=others)
+        outside = model.outside_parameters - others
+        yield replace(tokens, other=rest, made_outside=outside, fresh=others, final=True)
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,13 @@ class Tracer:
             tied=any(weight is projection for weight in embeddings),
             block=sum(kept.inside) // count,
             block_without_cheap=sum(kept.products) // count + tokens * hidden * widths.stream,
+            products_beside=sum(kept.beside()) // count,
             views=sum(kept.views) // count,
             weight_copies=2 * matrices // count if widths.autocast else 0,
             expanded=kept.largest,
             head=kept.outside,
             whole_logits=head is None,
+            gated=kept.gate == kept.largest,
         )
 
 
@@ -111,7 +113,10 @@ class Kept:
         self.blocks = blocks
         self.inside, self.products, self.views = ([0] * len(blocks) for _ in range(3))
         """By block; also what matrix products and attention return, and what is a view of something kept."""
-        self.outside = self.largest = 0
+        self.returned: list[Any] = []
+        """The storages of `products`."""
+        self.outside = self.largest = self.gate = 0
+        """The last two inside of a block: the largest that is kept, and the largest product of a gate."""
         self.running: int | None = None
         """The block whose forward pass this is."""
         own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
@@ -134,6 +139,10 @@ class Kept:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def beside(self) -> Iterator[int]:
+        """Bytes of each product that autograd does not keep."""
+        return (one.nbytes() for one in self.returned if one._cdata not in self.seen)
 
     def _enter(self, place: int, block: nn.Module, args: Any) -> None:
         self.running = place
@@ -164,7 +173,7 @@ class Kept:
 
 
 class Products(TorchDispatchMode):
-    """Adds up what dear operations return (xtrain/techniques/products.py)."""
+    """Adds up what dear operations return (xtrain/techniques/products.py), and finds gates."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -175,7 +184,18 @@ class Products(TorchDispatchMode):
         if self.kept.running is not None and is_dear(op, args, kwargs or {}):
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
             self.kept.products[self.kept.running] += sum(tensor.nbytes for tensor in made)
+            self.kept.returned += [tensor.untyped_storage() for tensor in made]
+        if self.kept.running is not None and _is_gate(op, args):
+            self.kept.gate = max(self.kept.gate, output.nbytes)
         return output
+
+
+def _is_gate(op: Any, args: Any) -> bool:
+    """Whether two tensors of one shape are multiplied, each of which has a gradient."""
+    if op is not torch.ops.aten.mul.Tensor:
+        return False
+    left, right = args
+    return isinstance(right, torch.Tensor) and left is not right and left.shape == right.shape
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
