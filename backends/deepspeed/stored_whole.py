@@ -114,6 +114,11 @@ class Replicated(Stored):
         stored = self.model_states.at("optimizer")
         if stored.value is None:
             return {}
+        if stored.at("optimizer_state_dict").value is not None:
+            raise RequestError(
+                f"{stored.file}: found 16-bit weights without ZeRO, whose masters have no names; expected "
+                "ZeRO stage 1, 2 or 3, or fp32. Its weights alone: save them with save_pretrained, --from hf"
+            )
         groups = stored.at("param_groups").numbered()
         states = [
             stored.at("state").at(number.count())

@@ -237,3 +237,12 @@ def test_what_was_found_and_expected_is_said(
     with pytest.raises(RequestError) as refused:
         fake.read()
     assert str(refused.value) == f"{fake.folder / name}: {said}; it is not as DeepSpeed writes it"
+
+
+def test_sixteen_bits_without_zero_are_refused_as_what_they_are(tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 writes these keys at stage 0 with its bf16 or fp16 block."""
+    optimizer = {"optimizer_state_dict": {"state": {}, "param_groups": []}, "fp32_groups": [[torch.ones(3)]]}
+    content = {"global_steps": 4, "module": {"a": torch.ones(3).bfloat16()}, "optimizer": optimizer}
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(RequestError, match="found 16-bit weights without ZeRO, whose masters have"):
+        open_state(tmp_path, "deepspeed").read("a", "exp_avg")

@@ -155,3 +155,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, words: list[str]) -> None:
     missing = command(words[0], tmp_path / "missing", *words[1:])
     assert missing.exit_code == 2
     assert missing.stderr.startswith(f"error: {tmp_path}/missing is not ")
+
+
+@pytest.mark.parametrize("word", ["ls", "show", "verify"])
+def test_a_file_is_not_said_to_be_missing(tmp_path: Path, word: str) -> None:
+    (tmp_path / "record.json").touch()
+    result = command(word, tmp_path / "record.json")
+    assert (result.exit_code, "record.json is a file; expected a run" in result.stderr) == (2, True)

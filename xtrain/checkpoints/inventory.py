@@ -51,7 +51,7 @@ def found_at(path: Path, aside: bool = True) -> list[Checkpoint]:
         kept = sorted(other for pattern in ASIDE for other in folder.glob(pattern)) if aside else []
         found += [one for other in kept for one in complete_checkpoints(other)]
     if not found:
-        what = "has no checkpoints" if path.is_dir() else "is not there"
+        what = "has no checkpoints" if path.is_dir() else "is a file" if path.exists() else "is not there"
         raise CheckpointError(f"{path} {what}; expected a run directory or one of its checkpoints")
     return found
 
