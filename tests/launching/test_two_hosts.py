@@ -76,8 +76,17 @@ def test_two_hosts_give_the_losses_of_one_although_a_worker_dies_in_the_middle(
     assert losses(one.out) == pytest.approx(reference["one host"]["losses"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("loss", "patience"),
+    [(TwoHosts.kill, []), (TwoHosts.lose, ["--set=launch.hang_minutes=0.05"])],
+    ids=["died", "silent"],
+)
 def test_losing_the_host_where_all_meet_ends_the_other_with_75_and_the_command_that_goes_on(
-    start: Callable[..., Started], tmp_path: Path, hosts: TwoHosts
+    start: Callable[..., Started],
+    tmp_path: Path,
+    hosts: TwoHosts,
+    loss: Callable[[TwoHosts, str], None],
+    patience: list[str],
 ) -> None:
     first, second = hosts.addresses
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(ZERO_3))
@@ -86,12 +95,12 @@ def test_losing_the_host_where_all_meet_ends_the_other_with_75_and_the_command_t
     def on(address: str) -> Started:
         place = ["--nodes", "2", "--meet", f"{first}:29411", "--id", "test", "--address", address]
         run = [*this_program(), "run", str(tmp_path / "spec.yaml"), "--backend", "deepspeed", *ENDLESS]
-        words = [*run, "--nproc", "2", *place, "--out", str(out)]
+        words = [*run, *patience, "--nproc", "2", *place, "--out", str(out)]
         return start(["ip", "netns", "exec", hosts.namespaces[address], *words], out)
 
     one, other = on(first), on(second)
     one.wait_for("step 6/")
-    hosts.kill(first)
+    loss(hosts, first)
     assert other.ended() == 75, other.said()
     assert f"{first}:29411 does not answer: the host that all others meet at is lost" in other.said()
     last = other.said().splitlines()[-1]

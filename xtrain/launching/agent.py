@@ -110,15 +110,15 @@ def _run(order: Order, command: list[str], folder: Path) -> int:
 
     logging.disable(logging.ERROR)
     hosts = order.hosts
-    haste = Haste(folder, order.max_restarts)
+    haste = Haste(folder, order)
     haste.start()
     try:
         torchrun = run.parse_args([*order.options(folder), "-m", "xtrain.launching.worker"])
         torchrun.training_script_args = command  # unread: it would take a worker's --nproc for its own
         run.run(torchrun)
     except ChildFailedError as failed:
-        if hosts and not hosts.serves and not _answers(hosts.meet):
-            return _leave(folder, lost=LOST.format(hosts.meet))
+        if _leave_if_lost(folder, hosts):
+            return EXIT_FAILED
         exit_codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         rank = first_failure(folder, exit_codes, haste.ended)
         _leave(folder, rank=rank, exitcode=exit_codes[rank])
@@ -137,6 +137,14 @@ def _run(order: Order, command: list[str], folder: Path) -> int:
 def _leave(folder: Path, **word: object) -> int:
     (folder / AGENT_ENDING).write_text(json.dumps(word))
     return EXIT_FAILED
+
+
+def _leave_if_lost(folder: Path, hosts: Hosts | None) -> bool:
+    """Whether all meet at another host, and that does not answer."""
+    if hosts is None or hosts.serves or _answers(hosts.meet):
+        return False
+    _leave(folder, lost=LOST.format(hosts.meet))
+    return True
 
 
 def _answers(meet: str) -> bool:
@@ -165,15 +173,17 @@ class Haste(threading.Thread):
     """Ends the workers that are still there GRACE_SECONDS after the first has failed.
 
     torchrun asks with SIGTERM, which a worker that waits for a dead peer cannot obey. With restarts that
-    happens again; what would fail again in the same way, or was asked to end, is not restarted.
+    happens again; what would fail again in the same way, or was asked to end, is not restarted. Where all
+    meet at a host that is lost, this process ends too: torchrun would wait for an answer as long as TCP does.
     """
 
-    def __init__(self, folder: Path, max_restarts: int) -> None:
+    def __init__(self, folder: Path, order: Order) -> None:
         super().__init__(name="haste", daemon=True)
         self.ended: set[int] = set()
         """Ranks."""
         self._folder = folder
-        self._restarts_left = max_restarts
+        self._hosts = order.hosts
+        self._restarts_left = order.max_restarts
         self._past: set[int] = set()
         """Processes of attempts that failed."""
 
@@ -184,14 +194,19 @@ class Haste(threading.Thread):
             self._end_attempt(failed)
 
     def _end_attempt(self, failed: int) -> None:
+        over = time.monotonic() + GRACE_SECONDS
         processes, workers = process_ids(self._folder), children(os.getpid())
         if self._restarts_left > 0:
             self._prevent_restart(failed, workers)
+        lost = _leave_if_lost(self._folder, self._hosts)
+        if self._restarts_left > 0 and not lost:
             self._announce_restart(failed)
-        time.sleep(GRACE_SECONDS)
+        time.sleep(max(0.0, over - time.monotonic()))
         _wake(processes.values())
         self.ended = {rank for rank, process in processes.items() if is_alive(process)}
         kill_groups(worker for worker in workers if is_alive(worker))
+        if lost:
+            os._exit(EXIT_FAILED)
         self._past |= set(processes.values())
         self._restarts_left -= 1
 
