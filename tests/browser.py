@@ -17,6 +17,8 @@ from typing import Any
 
 from PIL import Image
 
+from tests.started import running
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--headless",
@@ -130,8 +132,8 @@ def running_browser(profile: Path) -> Iterator[Browser]:
     to_read, to_write = os.pipe(), os.pipe()  # the browser's commands, the browser's answers
     start = f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}'
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    environment = {**os.environ, "HOME": str(profile)}
-    with subprocess.Popen(
+    environment = {**os.environ, "HOME": str(profile), "TMPDIR": str(profile)}
+    with running(
         ["bash", "-c", start, "browser", *command],
         pass_fds=(to_read[0], to_write[1]),
         stdin=subprocess.DEVNULL,

@@ -27,12 +27,12 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
-def limited_files(largest_bytes: int) -> Iterator[None]:
-    """No file of this process grows beyond that, whoever runs it: a write fails as on a full disk."""
+def limited_files(largest_bytes: int) -> Iterator[int]:
+    """No file of this process grows beyond that, whoever runs it; the errno of a write that fails then."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, before[1]))
     try:
-        yield
+        yield errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -62,4 +62,4 @@ def _mounted(place: Path, *what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)  # also where something still writes there

@@ -9,8 +9,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -90,7 +92,8 @@ def starting(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     def run_it(command: Sequence[str], out: Path) -> Started:
         mark = uuid.uuid4().hex
         errors = tmp_path / f"errors-{len(begun)}.txt"
-        environ = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+        own = {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+        environ = {**os.environ, **own, "TMPDIR": str(tmp_path)}  # who is killed clears nothing away
         with errors.open("w") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=file, text=True, env=environ, start_new_session=True
@@ -103,6 +106,17 @@ def starting(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         for process in one.left_behind():
             process.kill()
         one.process.wait()
+
+
+@contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Killed with its group however the test ends: Popen's own `with` would wait, perhaps for ever."""
+    with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def training(start: Callable[..., Started], folder: Path, words: Sequence[str], spec: str = SPEC) -> Started:

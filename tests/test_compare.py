@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.sample_runs import MIB, sample_memory, sample_record, sample_steps, write_run
+from tests.started import running
 from xtrain.cli import main
 from xtrain.compare import Turns, compare, lane_folders
 from xtrain.errors import RequestError
@@ -388,7 +389,7 @@ def test_a_comparison_that_is_ended_leaves_no_lane_behind(
     out = tmp_path / "out"
     command = [sys.executable, "-c", program, str(STUB), str(spec), str(out)]
     pid_file = out / "lanes" / "cpu" / "run-1" / "pid"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with running(command, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.05)
         lane = int(pid_file.read_text())

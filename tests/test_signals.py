@@ -20,6 +20,7 @@ from tests.started import (  # noqa: F401
     PRESET,
     Started,
     nobody_is_left,
+    running,
     starting,
     stuck_model,
     training,
@@ -131,7 +132,7 @@ def test_a_process_that_waits_in_a_library_before_training_ends_too() -> None:
         "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)"
     )
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "in\n"

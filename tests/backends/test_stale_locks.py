@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.started import running
+
 stale_locks: Any = importlib.import_module("xtrain.backends.deepspeed.stale_locks")
 GRACE_SECONDS = 0.2
 
@@ -38,13 +40,8 @@ def test_a_lock_of_nobody_is_removed_and_said(lock: Path) -> None:
 
 def test_a_lock_is_kept_while_a_process_works_in_its_folder(lock: Path) -> None:
     code = "print('here', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=lock.parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as compiler:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with running([sys.executable, "-c", code], cwd=lock.parent, **pipes) as compiler:
         assert compiler.stdout is not None
         compiler.stdout.readline()
         assert clear(lock) == []

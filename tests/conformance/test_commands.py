@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from tests.conformance.plain import train
 from tests.jobs import job_environment
+from tests.started import running
 from xtrain.records.metrics import read_metrics
 from xtrain.records.record import load_record
 from xtrain.spec.tree import Spec
@@ -61,17 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def start(
-    folder: Path, command: Sequence[str | Path], environ: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=folder,
-        env={**job_environment(world=2), **(environ or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def started(
+    folder: Path, command: Sequence[str | Path], **environ: str
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    env = {**job_environment(world=2), "TMPDIR": str(folder), **environ}  # torchrun leaves a folder there
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return running([str(word) for word in command], cwd=folder, env=env, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -80,8 +77,14 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+def printed(folder: Path, *command: str | Path, **environ: str) -> str:
+    """By the command, to its end."""
+    with started(folder, command, **environ) as process:
+        return finish(process)
+
+
 def run(folder: Path, *arguments: str) -> str:
-    return finish(start(folder, [BIN / "xtrain", "run", *arguments]))
+    return printed(folder, BIN / "xtrain", "run", *arguments)
 
 
 def losses(run_directory: Path) -> list[float]:
@@ -129,7 +132,7 @@ def test_run_joins_a_job_of_torchrun(folder: Path, expected: list[float]) -> Non
         "--out",
         "torchrun",
     ]
-    finish(start(folder, command))
+    printed(folder, *command)
     assert agree(losses(folder / "torchrun"), expected)
     assert load_record(folder / "torchrun").world == 2
 
@@ -137,7 +140,7 @@ def test_run_joins_a_job_of_torchrun(folder: Path, expected: list[float]) -> Non
 def test_run_joins_a_job_of_the_deepspeed_launcher(folder: Path, expected: list[float]) -> None:
     launcher: list[str | Path] = [BIN / "deepspeed", "--num_gpus", "2", "--no_local_rank", "--module"]
     command = [*launcher, "xtrain", "run", "spec.yaml", "--backend", "deepspeed", "--out", "launcher"]
-    finish(start(folder, command, {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}))
+    printed(folder, *command, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     assert agree(losses(folder / "launcher"), expected)
     assert load_record(folder / "launcher").world == 2
 
@@ -162,11 +165,10 @@ def test_run_joins_a_step_of_srun(folder: Path, expected: list[float]) -> None:
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NODEID": "0",
     }
-    tasks = [
-        start(folder, command, {**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")
-    ]
-    for task in tasks:
-        finish(task)
+    first, second = (started(folder, command, SLURM_PROCID=r, SLURM_LOCALID=r, **step) for r in "01")
+    with first as one, second as other:
+        finish(one)
+        finish(other)
     assert agree(losses(folder / "slurm"), expected)
 
 
@@ -189,9 +191,7 @@ def test_compare_puts_real_lanes_side_by_side(folder: Path) -> None:
         "--backends",
         "cpu,deepspeed,deepspeed:2,mps",
     ]
-    process = start(folder, [*map(str, command), "--repeats", "1", "--out", "comparison"])
-    output, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors[-3000:]
+    output = printed(folder, *command, "--repeats", "1", "--out", "comparison")
     report = json.loads((folder / "comparison" / "report.json").read_text())
     lanes = {lane["name"]: lane for lane in report["lanes"]}
     assert {name: lane["outcome"] for name, lane in lanes.items()} == {

@@ -7,11 +7,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.started import running
 from xtrain.data import Dataset
 from xtrain.data.cache import Ids, TokenCache
 from xtrain.errors import RequestError
@@ -208,11 +210,11 @@ BUILDER = textwrap.dedent("""
 EXPECTED_SUM = str(1000 * sum(range(20)))
 
 
-def start_builder(
+def builder(
     folder: Path, name: str, start: Path, seconds: float, locks: bool = True
-) -> subprocess.Popen[str]:
+) -> AbstractContextManager[subprocess.Popen[str]]:
     command = [sys.executable, "-c", BUILDER, str(folder), name, str(start), str(seconds), str(locks)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return running(command, stdout=subprocess.PIPE)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -225,10 +227,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def builds_of_three_at_once(folder: Path, start: Path, *, locks: bool) -> int:
     """Start three builders of one key together, check what they end with; how many of them built it."""
     names = ["one", "two", "three"]
-    builders = [start_builder(folder, name, start, seconds=0.3, locks=locks) for name in names]
-    wait_for(lambda: all((start.parent / f"ready-{name}").exists() for name in names))
-    start.touch()
-    outputs = [builder.communicate(timeout=60)[0].split() for builder in builders]
+    with ExitStack() as stack:
+        builders = [stack.enter_context(builder(folder, name, start, 0.3, locks)) for name in names]
+        wait_for(lambda: all((start.parent / f"ready-{name}").exists() for name in names))
+        start.touch()
+        outputs = [one.communicate(timeout=60)[0].split() for one in builders]
     assert outputs[0][1:] == [EXPECTED_SUM, "20000"]
     assert outputs[0] == outputs[1] == outputs[2]
     assert entries(folder) == ["k"]
@@ -252,10 +255,8 @@ def test_a_killed_builder_leaves_nothing_that_is_trusted_and_the_next_one_sweeps
 ) -> None:
     start = tmp_path / "start"
     start.touch()
-    builder = start_builder(cache_folder, "one", start, seconds=600)
-    wait_for((tmp_path / "built-by-one").exists)
-    builder.kill()
-    builder.communicate(timeout=60)
+    with builder(cache_folder, "one", start, seconds=600):  # left, it is killed
+        wait_for((tmp_path / "built-by-one").exists)
     assert [name.startswith("k.building-") for name in entries(cache_folder)] == [True]
     assert TokenCache(cache_folder).tokens("other", 257, pieces_of([1])).tokens.tolist() == [1]
     assert entries(cache_folder) == ["other"]
@@ -266,12 +267,12 @@ def test_a_killed_builder_leaves_nothing_that_is_trusted_and_the_next_one_sweeps
 def test_a_living_builder_is_not_swept_and_is_waited_for(tmp_path: Path, cache_folder: Path) -> None:
     start = tmp_path / "start"
     start.touch()
-    builder = start_builder(cache_folder, "one", start, seconds=1.5)
-    wait_for((tmp_path / "built-by-one").exists)
     said: list[str] = []
     cache = TokenCache(cache_folder, say=said.append)
-    cache.tokens("other", 257, pieces_of([1]))
-    assert len(list(cache_folder.glob("k.building-*"))) == 1
-    assert str(int(cache.tokens("k", 257, never).tokens.sum())) == EXPECTED_SUM
-    assert said == ["waiting for another process that prepares the same tokens"]
-    assert builder.communicate(timeout=60)[0].split()[1] == EXPECTED_SUM
+    with builder(cache_folder, "one", start, seconds=1.5) as living:
+        wait_for((tmp_path / "built-by-one").exists)
+        cache.tokens("other", 257, pieces_of([1]))
+        assert len(list(cache_folder.glob("k.building-*"))) == 1
+        assert str(int(cache.tokens("k", 257, never).tokens.sum())) == EXPECTED_SUM
+        assert said == ["waiting for another process that prepares the same tokens"]
+        assert living.communicate(timeout=60)[0].split()[1] == EXPECTED_SUM

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from tests.started import running
 from xtrain.errors import RequestError
 from xtrain.launching import launch
 from xtrain.launching.agent import first_failure
@@ -225,19 +226,23 @@ def test_signal_lets_every_worker_save_and_the_launch_end_with_75(
     assert [launcher.record(rank, "saved")["saved"] for rank in (0, 1)] == [number.name] * 2
 
 
-@pytest.mark.slow
-def test_second_interrupt_ends_workers_that_do_not_listen_and_what_they_started(
-    started: Callable[..., Launcher],
-) -> None:
+@pytest.fixture
+def deaf(started: Callable[..., Launcher]) -> Launcher:
+    """Its workers listen to no signal, and each has started a process of its own."""
     launcher = started("never-listens")
     for rank in (0, 1):
         launcher.record(rank, "helper")
-    launcher.process.send_signal(signal.SIGTERM)
-    launcher.process.send_signal(signal.SIGTERM)
+    return launcher
+
+
+@pytest.mark.slow
+def test_second_interrupt_ends_workers_that_do_not_listen_and_what_they_started(deaf: Launcher) -> None:
+    deaf.process.send_signal(signal.SIGTERM)
+    deaf.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    assert launcher.process.poll() is None, "a second SIGTERM is no second Ctrl-C"
-    launcher.process.send_signal(signal.SIGINT)
-    code, message, _ = launcher.end()
+    assert deaf.process.poll() is None, "a second SIGTERM is no second Ctrl-C"
+    deaf.process.send_signal(signal.SIGINT)
+    code, message, _ = deaf.end()
     assert (code, message) == (130, "the workers were ended at once, as asked; what was saved before stands")
 
 
@@ -255,25 +260,19 @@ def test_signal_before_training_began_loses_nothing(started: Callable[..., Launc
 
 
 @pytest.mark.slow
-def test_launcher_that_is_killed_leaves_no_process_behind(started: Callable[..., Launcher]) -> None:
-    launcher = started("never-listens")
-    for rank in (0, 1):
-        launcher.record(rank, "helper")
+def test_launcher_that_is_killed_leaves_no_process_behind(deaf: Launcher) -> None:
     # launcher, agent, two workers and what each of them started
-    assert len(launcher.survivors()) == 6
-    launcher.process.kill()
-    launcher.process.wait()
-    wait_for(lambda: not launcher.survivors())
+    assert len(deaf.survivors()) == 6
+    deaf.process.kill()
+    deaf.process.wait()
+    wait_for(lambda: not deaf.survivors())
 
 
 @pytest.mark.slow
-def test_agent_that_is_killed_leaves_no_process_behind(started: Callable[..., Launcher]) -> None:
-    launcher = started("never-listens")
-    for rank in (0, 1):
-        launcher.record(rank, "helper")
-    (agent,) = psutil.Process(launcher.process.pid).children()
+def test_agent_that_is_killed_leaves_no_process_behind(deaf: Launcher) -> None:
+    (agent,) = psutil.Process(deaf.process.pid).children()
     agent.kill()
-    code, message, _ = launcher.end()
+    code, message, _ = deaf.end()
     assert code == 1
     assert message == "the process that watches the workers was killed by SIGKILL; the workers were ended"
 
@@ -290,13 +289,11 @@ def test_worker_of_a_launcher_that_is_not_ours_ends_with_it() -> None:
         "assert worker.stdout.readline()\n"
         "print(worker.pid, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", parent, program], stdout=subprocess.PIPE, text=True
-    ) as launcher:
+    with running([sys.executable, "-c", parent, program], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         worker = psutil.Process(int(launcher.stdout.readline()))
         launcher.kill()
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
 
 # --- who is to blame, and what is refused --------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.started import running
 from xtrain.errors import RequestError
 from xtrain.records.rundir import RunDirectory, write_json, write_text
 
@@ -78,7 +79,7 @@ def test_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
         "with RunDirectory(Path(sys.argv[1])).lock(): print('locked', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+    with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "locked\n"
         with pytest.raises(RequestError, match=f"process {writer.pid} on"), run.lock():

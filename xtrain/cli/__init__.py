@@ -61,8 +61,5 @@ def main() -> None:
     """One strict YAML spec for training transformers; the same training on every backend."""
 
 
-TRAINING = (run, launch, checkpoint)
-SPECS = (check, translate, import_config, schema)
-FIGURES = (compare, report, plan, doctor, backends)
-for _command in (*TRAINING, *SPECS, *FIGURES):
+for _command in COMMANDS:
     main.add_command(_command)
