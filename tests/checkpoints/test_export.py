@@ -26,7 +26,7 @@ from xtrain.checkpoints.writer import write
 from xtrain.data.tokenizers import load_tokenizer
 from xtrain.errors import RequestError, RunFailed
 from xtrain.models.library import library_form
-from xtrain.models.source import PresetSource
+from xtrain.models.source import PresetSource, model_source
 from xtrain.spec.tree import Spec
 
 
@@ -67,6 +67,15 @@ def test_a_preset_becomes_a_folder_that_hugging_face_loads(out: Path, tmp_path: 
     transformers: Any = importlib.import_module("transformers")
     _, loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stored = load_file(tmp_path / "hf" / "model.safetensors")["transformer.h.0.attn.c_attn.weight"]
+    back = model_source(starting_from(tmp_path / "hf", out), 257).build()
+    assert torch.equal(back.get_parameter("blocks.0.attention.query_key_value.weight").T, stored.float())
+
+
+def starting_from(folder: Path, run: Path) -> Spec:
+    """The run's spec, beginning with the weights in `folder`."""
+    spec: Any = newest(run).state().spec
+    return Spec.model_validate({**spec, "model": {**spec["model"], "init_from": str(folder)}})
 
 
 @pytest.mark.slow
@@ -208,10 +217,10 @@ def test_the_tokenizer_of_the_data_goes_with_the_model(
 def test_an_export_that_computes_something_else_is_refused_and_leaves_nothing(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xtrain.models import library
+    from xtrain.models import gpt2_folder
 
-    swapped = {**library.GPT2_NAMES, "attention_norm": "ln_2", "feed_forward_norm": "ln_1"}
-    monkeypatch.setattr(library, "GPT2_NAMES", swapped)
+    swapped = {**gpt2_folder.GPT2_NAMES, "attention_norm": "ln_2", "feed_forward_norm": "ln_1"}
+    monkeypatch.setattr(gpt2_folder, "GPT2_NAMES", swapped)
     result = command("export", out, "--to", "hf", "--out", tmp_path / "hf")
     assert result.exit_code == 1
     assert "the exported model does not compute what ours does: its logits differ by " in result.stderr

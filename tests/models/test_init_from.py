@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from xtrain.checkpoints.select import select
 from xtrain.cli import main
 from xtrain.errors import RequestError
+from xtrain.models.gpt2_folder import library_name
 from xtrain.models.source import PresetSource, model_source
 from xtrain.spec.tree import Spec
 
@@ -92,6 +93,38 @@ def test_a_damaged_checkpoint_is_no_start(tmp_path: Path) -> None:
 def test_weights_of_a_folder_of_safetensors_replace_the_initial_ones(tmp_path: Path) -> None:
     weights = other_weights()
     assert_has(built(library_folder(tmp_path / "stored", weights)), weights)
+
+
+def gpt2_folder(folder: Path, wrapper: str = "", **config: Any) -> Path:
+    """As save_pretrained writes a GPT-2 with `other_weights`, with the wrapper of a model with a head."""
+    weights = {}
+    for name, weight in other_weights().items():
+        key, transposed = library_name(name)
+        weights[f"{wrapper}{key}"] = weight.T.contiguous() if transposed else weight
+    library_folder(folder, weights)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 2, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("wrapper", ["", "transformer."])
+def test_a_preset_starts_from_the_librarys_gpt_2_under_its_names(wrapper: str, tmp_path: Path) -> None:
+    assert_has(built(gpt2_folder(tmp_path / "gpt2", wrapper)), other_weights())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"n_head": 4}, "n_head: found 4, expected 2 for this preset"),
+        ({"activation_function": "relu"}, "activation_function: found 'relu', expected 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: found 1e-06, expected 1e-05"),
+    ],
+    ids=str,
+)
+def test_a_gpt_2_that_computes_something_else_with_the_same_shapes_is_no_start_of_a_preset(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
+        built(gpt2_folder(tmp_path / "gpt2", **config))
 
 
 def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_a_folder_of_the_librarys(

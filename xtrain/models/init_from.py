@@ -11,6 +11,7 @@ from xtrain.checkpoints.select import select
 from xtrain.checkpoints.tensorfile import Shape
 from xtrain.contract import GradualSource
 from xtrain.errors import RequestError
+from xtrain.models.gpt2_folder import OfGPT2, is_gpt2
 from xtrain.models.hf_folder import CONFIG
 from xtrain.models.hf_weights import open_weights
 
@@ -72,7 +73,10 @@ class StoredStart:
         return model
 
     def _stored(self) -> Stored:
-        return _of_library(self.folder) if _is_library(self.folder) else self._of_run()
+        return self._of_library() if _is_library(self.folder) else self._of_run()
+
+    def _of_library(self) -> Stored:
+        return OfLibrary(_files(self.folder))
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return self.source.decayed(name, parameter)
@@ -125,6 +129,11 @@ class PiecewiseStart(StoredStart):
     def _stored(self) -> Stored:
         self._found = self._found or super()._stored()
         return self._found
+
+    def _of_library(self) -> Stored:
+        """A preset is GPT-2, so its names may be the library's for that."""
+        files = _files(self.folder)
+        return OfGPT2(self.folder, files, self._preset.size) if is_gpt2(files) else OfLibrary(files)
 
 
 class Stored(Protocol):
@@ -213,10 +222,11 @@ def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def _of_library(folder: Path) -> Stored:
+def _files(folder: Path) -> Mapping[str, Any]:
+    """The open safetensors file of each tensor there."""
     files = open_weights(folder, "model.init_from", otherwise="*.safetensors")
     if not files:
         raise RequestError(
             f"model.init_from: found {folder}, expected safetensors in it: only those are read"
         )
-    return OfLibrary(files)
+    return files

@@ -15,6 +15,7 @@ from xtrain.checkpoints.format import ADAPTED, Reader
 from xtrain.contract import StateReader
 from xtrain.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from xtrain.errors import RequestError
+from xtrain.models.gpt2_folder import WRAPPER, library_name
 from xtrain.models.init_from import OfCheckpoint, misfits
 from xtrain.models.source import model_source
 from xtrain.spec.tree import Spec
@@ -27,19 +28,6 @@ TOLERANCE = 1e-4
 PROBE_SEED = 1
 SEQUENCES, TOKENS = 2, 16
 """Of the random input that both models are asked about."""
-
-GPT2_NAMES = {
-    "stem.token_embedding": "transformer.wte",
-    "stem.position_embedding": "transformer.wpe",
-    "head.norm": "transformer.ln_f",
-    "attention_norm": "ln_1",
-    "attention.query_key_value": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "feed_forward_norm": "ln_2",
-    "feed_forward.expansion": "mlp.c_fc",
-    "feed_forward.projection": "mlp.c_proj",
-}
-"""Modules of the presets and the library's GPT-2; its linear layers keep their weights transposed."""
 
 
 class LibraryForm(ABC):
@@ -131,12 +119,8 @@ class PresetForm(LibraryForm):
         )
 
     def convert(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        module, _, kind = name.rpartition(".")
-        if module in GPT2_NAMES:
-            return f"{GPT2_NAMES[module]}.{kind}", tensor
-        _, layer, inner = module.split(".", 2)
-        linear = kind == "weight" and not inner.endswith("norm")
-        return f"transformer.h.{layer}.{GPT2_NAMES[inner]}.{kind}", tensor.t() if linear else tensor
+        key, transposed = library_name(name)
+        return f"{WRAPPER}{key}", tensor.t() if transposed else tensor
 
     def outputs(self, library: Any, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield self.model(tokens), library(tokens).logits
