@@ -231,6 +231,8 @@ class DeepSpeedEngine:
         set_random_state(self.device, extras.get("random") or {})
 
     def gather(self, value: JSON) -> list[JSON]:
+        if self.data_size == 1:
+            return [value]
         gathered: list[Any] = [None] * self.data_size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -257,10 +259,11 @@ class DeepSpeedEngine:
 
     def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, on every rank."""
-        # gloo takes no tensors of an Apple GPU
-        total = tensor.cpu() if tensor.device.type == "mps" else tensor.clone()
+        if self.data_size == 1:  # always on a Mac, of whose GPU gloo takes no tensors
+            return tensor
+        total = tensor.clone()
         dist.all_reduce(total)
-        return total.to(tensor.device)
+        return total
 
     def _shards(self) -> Shards:
         return shards_of(self.engine, self.stage)
