@@ -68,6 +68,13 @@ def test_smaller_devices_divide_the_model_further() -> None:
     assert advise(SEVENTY, small).tensor * advise(SEVENTY, small).pipeline > 8
 
 
+def test_a_model_that_is_divided_for_its_activations_is_not_called_larger_than_a_node() -> None:
+    advice = advise(dataclasses.replace(SEVEN, batch=70), NODE)
+    assert advice.tensor * advice.pipeline > 1
+    (why,) = (reason for reason in advice.reasons if reason.startswith("the training state"))
+    assert "112.0 GB (16 bytes per parameter): a node can hold it, but not beside 75.2 GB of" in why
+
+
 def test_what_fits_nowhere_is_refused() -> None:
     with pytest.raises(RequestError, match="do not fit on 8 GPUs"):
         advise(dataclasses.replace(SEVENTY, params=1e12), NODE)

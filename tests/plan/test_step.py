@@ -57,11 +57,9 @@ def compared(case: Case) -> list[Outcome]:
 @pytest.mark.parametrize("case", SHAPES + RECOMPUTED + AT_ONCE, ids=str)
 def test_the_peak_is_predicted_by_category(case: Case) -> None:
     (found,) = compared(case)
-    total = sum(found.measured.values())
     assert abs(found.error) <= TOTAL_ERROR
     for category in MEMORY_CATEGORIES:
-        difference = found.predicted.get(category, 0) - found.measured.get(category, 0)
-        assert abs(difference) <= CATEGORY_ERROR * total, category
+        assert abs(found.difference(category)) <= CATEGORY_ERROR * found.total, category
 
 
 def test_the_benchmark_sweeps_at_least_40_cases() -> None:

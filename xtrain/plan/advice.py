@@ -8,7 +8,10 @@ Rules, in the order in which they are asked, each the field's own reason:
    data-parallel ranks and stop there: its gathers stay inside the node's fast links.
 3. *Tensor and pipeline*: otherwise gathers would cross the slow links between nodes at every layer, so the
    model itself is divided, as little as fits: by tensors inside a node as long as each part keeps wide
-   matrix products, the rest by pipeline stages, between which only activations travel.
+   matrix products, the rest by pipeline stages, between which only activations travel. The first stage holds
+   the activations of as many micro-batches as there are stages: under 1F1B each starts as many forward passes
+   as stages follow it, and one, before its first backward pass (Narayanan et al. 2021, arXiv 2104.04473,
+   section 2.2).
 """
 
 from __future__ import annotations
@@ -69,6 +72,15 @@ class Shape:
     def layer_bytes(self) -> float:
         """Activations of one tensor [batch, seq, hidden] in 16 bits."""
         return self.batch * self.seq * self.hidden * HALF
+
+    @property
+    def kept_bytes(self) -> float:
+        """Checkpointed activations of one micro-batch: each layer's input."""
+        return self.layers * self.layer_bytes
+
+    @property
+    def state_bytes(self) -> float:
+        return self.params * STATE_BYTES
 
 
 @dataclass(frozen=True)
@@ -133,54 +145,45 @@ def _sequence_degree(shape: Shape, cluster: Cluster) -> tuple[int, str]:
 def _model_degrees(
     shape: Shape, cluster: Cluster, sequence: int, micro_batches: int
 ) -> tuple[int, int, list[str]]:
-    room = USABLE * cluster.device_bytes
-    state = shape.params * STATE_BYTES
-    per_gpu = state / min(cluster.gpus_per_node, cluster.gpus)
-    kept = shape.layer_bytes * shape.layers / sequence
-    whole = f"the training state is {_gb(state)} ({STATE_BYTES} bytes per parameter)"
+    room, kept = USABLE * cluster.device_bytes, shape.kept_bytes / sequence
+    per_gpu = shape.state_bytes / min(cluster.gpus_per_node, cluster.gpus)
+    whole = f"the training state is {_gb(shape.state_bytes)} ({STATE_BYTES} bytes per parameter)"
     if per_gpu + kept <= room:
         over = "one GPU holds it" if cluster.gpus == 1 else f"one node holds it, {_gb(per_gpu)} per GPU"
-        return (
-            1,
-            1,
-            [f"{whole}; {over} of {_gb(cluster.device_bytes)}: shard it over the data-parallel ranks"],
-        )
-    sharded = shape.params * (STATE_BYTES - WORKING_BYTES) / cluster.gpus
+        shard = f"{whole}; {over} of {_gb(cluster.device_bytes)}: shard it over the data-parallel ranks"
+        return 1, 1, [shard]
     for degree in divisors(cluster.gpus // sequence):
-        working = shape.params * WORKING_BYTES / degree
         tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
-        flying = _in_flight(pipeline, micro_batches)
-        activations = flying * kept / degree
-        if pipeline > shape.layers:
-            continue  # a stage has a layer at the least
-        if working + sharded + activations <= room:
-            node = cluster.device_bytes * cluster.gpus_per_node
-            return (
-                tensor,
-                pipeline,
-                [
-                    f"{whole}: more than a node of {_gb(node)} can hold, and gathering it across nodes at "
-                    "every layer is slow: the model itself is divided",
-                    f"by {degree}, the least that fits: per GPU {_gb(working)} of weights and gradients, "
-                    f"{_gb(sharded)} of optimizer (ZeRO-1), {_gb(activations)} of checkpointed activations "
-                    f"(micro-batches in flight: {flying})",
-                    f"by tensors {tensor} (inside a node, {shape.hidden // tensor:,} columns each; narrower "
-                    f"than {WIDTH_PER_RANK:,} is slow), by pipeline stages {pipeline}",
-                ],
-            )
+        flying = min(pipeline, micro_batches)
+        per_gpu_held = {
+            "of weights and gradients": shape.params * WORKING_BYTES / degree,
+            "of optimizer (ZeRO-1)": shape.params * (STATE_BYTES - WORKING_BYTES) / cluster.gpus,
+            f"of checkpointed activations (micro-batches in flight: {flying})": flying * kept / degree,
+        }
+        if pipeline <= shape.layers and sum(per_gpu_held.values()) <= room:
+            why = f"{whole}: {_too_much(cluster, per_gpu > room, kept)}: the model itself is divided"
+            held = ", ".join(f"{_gb(count)} {what}" for what, count in per_gpu_held.items())
+            return tensor, pipeline, [why, *_divided(shape, degree, held, tensor, pipeline)]
     raise RequestError(
         f"--advise: {shape.params:g} parameters do not fit on {cluster.gpus} GPUs of "
         f"{_gb(cluster.device_bytes)} however they are divided; use more GPUs, or offload"
     )
 
 
-def _in_flight(pipeline: int, micro_batches: int) -> int:
-    """Micro-batches whose activations the first stage holds, the most of all: as many as there are stages.
+def _too_much(cluster: Cluster, is_state: bool, kept: float) -> str:
+    """Why a node does not do: for the state, or for the activations beside it."""
+    if is_state:
+        node = _gb(cluster.device_bytes * cluster.gpus_per_node)
+        return f"more than a node of {node} can hold, and gathering it across nodes at every layer is slow"
+    return f"a node can hold it, but not beside {_gb(kept)} of checkpointed activations on every GPU"
 
-    Under 1F1B each stage starts as many forward passes as stages come from it on, before its first backward
-    pass (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
-    """
-    return min(pipeline, micro_batches)
+
+def _divided(shape: Shape, degree: int, held: str, tensor: int, pipeline: int) -> list[str]:
+    return [
+        f"by {degree}, the least that fits: per GPU {held}",
+        f"by tensors {tensor} (inside a node, {shape.hidden // tensor:,} columns each; narrower "
+        f"than {WIDTH_PER_RANK:,} is slow), by pipeline stages {pipeline}",
+    ]
 
 
 def _split(degree: int, shape: Shape, of_a_node: int) -> tuple[int, int]:
