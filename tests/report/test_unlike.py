@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.report.sample_lanes import SPEC, compared, lane, run, slowed, steps
-from xtrain.report.tables import environment_table
+from xtrain.report.environment import environment_table
 
 
 def spec_with(section: str, **values: Any) -> dict[str, Any]:

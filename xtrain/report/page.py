@@ -19,8 +19,9 @@ from xtrain.records.summary import NOT_MEASURED, clean, format_bytes, format_los
 from xtrain.report.charts import Chart, charts, trace_colour
 from xtrain.report.colours import lane_colours
 from xtrain.report.comparison import Comparison, Figures, LaneReport, Verdict
+from xtrain.report.environment import environment_table
 from xtrain.report.memory import STEP, instruments
-from xtrain.report.tables import Table, environment_table, tables
+from xtrain.report.tables import Table, tables
 from xtrain.report.text import method
 
 TOPICS = {

@@ -8,7 +8,8 @@ from tabulate import tabulate
 
 from xtrain.records.summary import clean
 from xtrain.report.comparison import Comparison
-from xtrain.report.tables import Table, environment_table, tables
+from xtrain.report.environment import environment_table
+from xtrain.report.tables import Table, tables
 
 
 def render_terminal(comparison: Comparison) -> str:
