@@ -1,4 +1,4 @@
-"""What holds for a whole session: its compiler, the order of its files, its garbage, and Ctrl-C."""
+"""What holds for a whole session: its compiler, the order of its files, its garbage, and how it is ended."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ COMPILER = Path(__file__).parent / "compiler" / "g++"
 
 
 def pytest_configure() -> None:
-    """A shell starts what it puts in the background without Ctrl-C, and children inherit that."""
+    """A shell starts what it puts in the background without Ctrl-C, and children inherit that.
+
+    SIGTERM is as Ctrl-C: mounts, namespaces and processes of the test that runs are cleared away.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     compile_quickly()
 
 

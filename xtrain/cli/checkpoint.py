@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xtrain.cli.options import JSON, with_folders_above
+from xtrain.cli.options import JSON, SET, with_folders_above
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
 
 UNVERIFIED = "all there, and its values cannot be verified: format version 1 has no hashes"
@@ -135,9 +135,7 @@ def export(path: Path, form: Any, out: Path, dtype: Any, as_json: bool) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--from", "form", type=click.Choice(["hf", "deepspeed", "ds-universal"]), required=True)
 @click.option("--spec", "spec_path", required=True, type=click.Path(path_type=Path), help="Of the training.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=YAML", help="Change the spec; may be repeated."
-)
+@SET
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
 @JSON
 def import_(
