@@ -35,7 +35,8 @@ def import_config(
 
     "auto" is resolved as Hugging Face's Trainer does, from `arguments` (TrainingArguments) or their defaults.
     """
-    given, arguments = dict(leaves(config)), arguments or {}
+    given = {key: value for key, value in leaves(config) if not _unsaid(key, value)}
+    arguments = arguments or {}
     filled = resolve_auto(given, arguments, added_by_trainer(given, arguments))
     if problems := _wrong_kinds(filled.values):
         raise SpecError("the ds_config", problems)
@@ -74,6 +75,12 @@ def _say_left_open(key: str, tree: Tree, found: Leaves) -> None:
     value = sized.get(key, KNOWN.get(key, {}).get("default"))
     became = "left out" if value is None else shown(value)
     found.chosen[spec_key] = f"{key} was auto, which nobody fills: {became}"
+
+
+def _unsaid(key: str, value: Any) -> bool:
+    """null for a section, or where DeepSpeed has no default, such as `number_checkpoints`."""
+    known = is_section(key) or (key in KNOWN and "default" not in KNOWN[key])
+    return value is None and known
 
 
 def _wrong_kinds(flat: Mapping[str, Any]) -> list[Problem]:

@@ -218,6 +218,14 @@ def test_evaluations_are_those_of_the_strategy_by_its_old_name_too(tmp_path: Pat
     assert spec_of(import_of(tmp_path, arguments)).train.eval_every == 50
 
 
+def test_null_where_deepspeed_has_no_default_says_nothing(tmp_path: Path) -> None:
+    """As in the examples of its documentation, and in what programs write out whole."""
+    nulls = {"gradient_accumulation_steps": None, "communication_data_type": None, "optimizer": None}
+    block = {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}}
+    plain = {"train_batch_size": 8}
+    assert import_of(tmp_path, {**plain, **nulls, **block}) == import_of(tmp_path, plain)
+
+
 def test_two_precisions_are_refused(tmp_path: Path) -> None:
     both = {"train_batch_size": 8, "fp16": {"enabled": True}, "bf16": {"enabled": True}}
     with pytest.raises(RequestError, match="expected one precision"):
