@@ -216,24 +216,26 @@ def test_interrupted_command_exits_as_shells_expect(good: Path, monkeypatch: pyt
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
+HEAVY = {"torch", "deepspeed", "numpy", "transformers"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    ("words", "heavy"),
     [
-        ["--help"],
-        ["check", "{spec}"],
-        ["check", "{spec}", "--backend", "deepspeed"],
-        ["check", "{spec}", "--set", "model={hf: configs/llama-tiny}", "--backend", "cpu"],
+        (["--help"], HEAVY | {"pydantic"}),
+        (["check", "{spec}"], HEAVY),
+        (["check", "{spec}", "--backend", "deepspeed"], HEAVY),
+        (["check", "{spec}", "--set", "model={hf: configs/llama-tiny}", "--backend", "cpu"], HEAVY),
     ],
 )
 def test_command_that_trains_nothing_imports_neither_torch_nor_deepspeed(
-    words: list[str], good: Path
+    words: list[str], heavy: set[str], good: Path
 ) -> None:
     program = (
         "import sys\nfrom xtrain.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
-        "heavy = sorted({'torch', 'deepspeed', 'numpy', 'transformers'} & set(sys.modules))\n"
-        "print('imported', heavy, code)"
+        f"print('imported', sorted({heavy} & set(sys.modules)), code)"
     )
     words = [word.replace("{spec}", str(good)) for word in words]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
