@@ -47,9 +47,8 @@ def open_state(folder: Path, form: str) -> Stored:
 def _tagged(folder: Path, form: str) -> Path:
     pointer = folder / LATEST[form]
     if not folder.is_dir():
-        raise RequestError(
-            f"{folder} is not there; expected a checkpoint of DeepSpeed's, or a folder of them"
-        )
+        found = "a file" if folder.exists() else "not there"
+        raise RequestError(f"{folder} is {found}; expected a checkpoint of DeepSpeed's, or a folder of them")
     if pointer.is_file():
         tag = pointer.read_text(encoding="utf-8", errors="replace")[:200].strip()
         if not _TAG.fullmatch(tag) or not (folder / tag).is_dir():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xtrain.checkpoints.format import Checkpoint
+from xtrain.checkpoints.format import Checkpoint, wrapper_of
 from xtrain.contract import StateKind
 from xtrain.errors import RequestError
 
@@ -27,7 +27,10 @@ FILES: dict[str, StateKind] = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_
 
 
 def write_universal(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Into `folder`; returns what is not carried. RequestError for moments that the form does not know."""
+    """Into `folder`, a library's model under its names there; returns what is not carried.
+
+    RequestError for moments that the form does not know.
+    """
     import torch
 
     state, reader = checkpoint.state(), checkpoint.reader()
@@ -41,11 +44,12 @@ def write_universal(checkpoint: Checkpoint, folder: Path) -> list[str]:
             f"{checkpoint.path} has no moments of Adam, and a universal checkpoint knows no others; "
             "--to safetensors carries the weights"
         )
-    tag = folder / f"global_step{state.step}"
+    tag, wrapper = folder / f"global_step{state.step}", wrapper_of(checkpoint.manifest.files)
     for name in trained:
-        if not _FOLDER.fullmatch(name):
-            raise RequestError(f"{checkpoint.path}: {name!r} cannot be the name of a folder")
-        place = tag / "zero" / name
+        theirs = name.removeprefix(wrapper)
+        if not _FOLDER.fullmatch(theirs):
+            raise RequestError(f"{checkpoint.path}: {theirs!r} cannot be the name of a folder")
+        place = tag / "zero" / theirs
         place.mkdir(parents=True)
         for file, kind in FILES.items():
             torch.save({"param": reader.read(name, kind), "cat_dim": 0}, place / f"{file}.pt")

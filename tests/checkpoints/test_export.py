@@ -178,6 +178,25 @@ def test_what_was_imported_is_such_a_folder_too(llama: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_universal_checkpoint_has_the_librarys_names_and_comes_back(llama: Path, tmp_path: Path) -> None:
+    before = newest(llama / "out")
+    export(before, "ds-universal", "fp32", tmp_path / "universal")
+    model, _ = loaded(before.path, computed_anew="rotary_emb.original_inv_freq")
+    zero = tmp_path / "universal" / "global_step3" / "zero"
+    names = {name for name, _ in model.named_parameters()}
+    assert {path.name for path in zero.iterdir() if path.is_dir()} == names
+    words = ("--from", "ds-universal", "--spec", llama / "spec.yaml", "--out", tmp_path / "new")
+    assert command("import", tmp_path / "universal", *words).exit_code == 0
+    after = newest(tmp_path / "new")
+    for name in names:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            one, other = (found.reader().read(f"model.{name}", kind) for found in (before, after))
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+
+
+@pytest.mark.slow
 def test_an_export_needs_no_folder_but_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     shutil.move(llama / "llama", tmp_path / "away")
     try:

@@ -132,6 +132,7 @@ def test_the_other_form_is_proposed(tmp_path: Path, universal: Path) -> None:
     assert result.exit_code == 2
     assert "found a universal checkpoint; try --from ds-universal" in result.stderr
     assert import_(tmp_path, tmp_path / "nowhere", "deepspeed").exit_code == 2
+    assert "spec.yaml is a file; expected a " in import_(tmp_path, tmp_path / "spec.yaml", "deepspeed").stderr
 
 
 @pytest.mark.parametrize(
