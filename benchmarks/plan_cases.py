@@ -162,6 +162,7 @@ def _sharded(precision: Any) -> Iterator[Case]:
         if sharding != "none" or precision != BF16_WEIGHTS:  # DeepSpeed has no stage 0 there
             yield Case("deepspeed", 2, sharding=sharding, precision=precision)
             yield Case("deepspeed", 2, layers=4, hidden=256, heads=8, sharding=sharding, precision=precision)
+            yield Case("deepspeed", 2, hf={}, sharding=sharding, precision=precision)
     yield Case(
         "deepspeed",
         2,
