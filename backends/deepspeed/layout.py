@@ -126,7 +126,8 @@ class Partitioned:
             home["other"] += width * share
 
     def _pass(self, held: Categories, moment: Moment) -> None:
-        held["activations"] += sum(moment.kept) + sum(moment.again) + moment.head + moment.running
+        blocks = sum(moment.kept) + sum(moment.again) - moment.gone
+        held["activations"] += blocks + moment.head + moment.running
         held["logits"] += moment.logits
         held["other"] += moment.other
 

@@ -18,7 +18,8 @@ WAYS = [
     Case(SIMULATED, manual=HALVES, layers=6, offload=STATE, checkpointing="auto"),
     Case(SIMULATED, accumulation=1, offload={"optimizer": "cpu"}, checkpointing="auto", in_backward=True),
 ]
-WORST = 0.12
+WORST, TOTAL_ERROR = 0.12, 0.025
+"""Of a category that is more than a negligible part, and of all that a place holds."""
 
 
 @pytest.mark.parametrize("case", WAYS, ids=str)
@@ -26,6 +27,6 @@ def test_each_place_is_predicted(case: Case) -> None:
     found = list(outcomes(case, measure(case)))
     assert {one.place for one in found} == {"sim:0", "cpu"}
     for one in found:
-        assert abs(one.error) <= WORST, (one.place, one.predicted, one.measured)
+        assert abs(one.error) <= TOTAL_ERROR, (one.place, one.predicted, one.measured)
         wrong = [name for name in MEMORY_CATEGORIES if one.holds(name) and one.category_error(name) > WORST]
         assert not wrong, (one.place, one.predicted, one.measured)

@@ -108,6 +108,7 @@ class Places:
         held[self.home]["activations"] += moment.running
         held[self.home]["logits"] += moment.logits
         at = self._at(moment)
+        held[HOST if parked else at]["activations"] -= moment.gone
         held[at]["other"] += moment.other
-        if parked and moment.at is not None:  # the two largest come back where their gradient is made
-            held[at]["other"] += 2 * model.expanded - (model.stream if step.widths.autocast else 0)
+        if parked:  # what is asked for comes back where the gradient is made
+            held[at]["other"] += moment.asked * model.expanded

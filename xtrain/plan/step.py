@@ -39,6 +39,10 @@ class Moment:
     """Batches, gradients of activations, temporaries."""
     at: int | None = None
     """The block that the backward pass is in: `other` is beside it."""
+    asked: int = 0
+    """How many of that block's largest activations the next gradient is made of."""
+    gone: int = 0
+    """Activations of that block that were let go."""
     made_blocks: int = 0
     """Blocks, from the last one, whose gradients this pass has made."""
     made_outside: int = 0
@@ -145,23 +149,28 @@ class Step:
                 running=self._waiting,
                 other=model.expanded + model.stream * (2 if self.widths.autocast else 1) + model.ids,
                 at=last,
+                asked=1,
                 made_blocks=done,
                 made_outside=0 if model.tied else model.projection,
                 fresh=0 if self.widths.autocast else model.widest,
             )
             yield product
-            if model.gated:
-                yield self._gate(product)
+            yield self._function(product)
             done += len(left.pop())
 
-    def _gate(self, product: Moment) -> Moment:
-        """Of what a gate multiplied: its gradient, and those of both factors; the result itself is gone."""
+    def _function(self, product: Moment) -> Moment:
+        """Of what the second product took, a gate's or a function's result: its gradient, and those behind.
+
+        The result itself is gone, as is the weight's gradient.
+        """
         model = self.model
-        gone = model.expanded + (2 * model.widest if self.widths.autocast else 0)
+        copy = 2 * model.widest if self.widths.autocast else 0
+        factors = 2 if model.gated else 1
         return replace(
             product,
-            running=product.running - gone,
-            other=3 * model.expanded + model.stream + model.ids,
+            asked=factors,
+            gone=model.expanded + copy,
+            other=(1 + factors) * model.expanded + model.stream + model.ids,
             fresh=0,
         )
 
