@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from xtrain.contract import Problem
 from xtrain.printable import printable
+
+HERE = Path(__file__).parent
+OURS = (f"{HERE}{os.sep}", f"{HERE.parent / 'backends'}{os.sep}")
+"""Where xtrain's own code lies, the checkout's too."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -51,13 +57,13 @@ class BackendError(RequestError):
 
 
 def described(error: BaseException) -> str:
-    """Its kind, its message, and the line of the user's own code where it happened."""
-    places = traceback.extract_tb(error.__traceback__)
-    own = [
+    """Its kind, its message, and the line of the user's own code where it happened; else of xtrain's."""
+    places = [
         place
-        for place in places
+        for place in traceback.extract_tb(error.__traceback__)
         if "site-packages" not in place.filename and "importlib" not in place.filename
     ]
+    own = [place for place in places if not place.filename.startswith(OURS)] or places
     where = f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
     if isinstance(error, SyntaxError):
         where = f" (at {error.filename}:{error.lineno})"

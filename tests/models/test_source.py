@@ -33,6 +33,43 @@ class Small(nn.Module):
     def forward(self, tokens):
         return self.embedding(tokens)
 
+class Lazy(Small):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+class Meta(Small):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3, device="meta")
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(257, 257)
+    def forward(self, tokens):
+        return self.embedding(tokens)
+
+class Detached(Large):
+    def forward(self, tokens):
+        return super().forward(tokens).detach()
+
+class Narrow(Large):
+    def forward(self, tokens):
+        return super().forward(tokens)[..., :100]
+
+class Asserts(Large):
+    def forward(self, tokens):
+        assert False, "never"
+
+class Opens(Large):
+    def forward(self, tokens):
+        raise OSError("no such table")
+
+class Leaves(Large):
+    def forward(self, tokens):
+        sys.exit(3)
+
 def raises(): raise OSError("no such weights")
 def leaves(): sys.exit(3)
 def wrong_type(): return 1 + "1"
@@ -42,6 +79,13 @@ def frozen(): return nn.Identity()
 def failing(): return Failing()
 def flat(): return Flat()
 def small(): return Small()
+def lazy(): return Lazy()
+def meta(): return Meta()
+def detached(): return Detached()
+def narrow(): return Narrow()
+def asserts(): return Asserts()
+def opens(): return Opens()
+def leaves_later(): return Leaves()
 """
 
 REFUSED = {
@@ -52,6 +96,8 @@ REFUSED = {
     "own:nothing": "model.factory own:nothing returned a int, expected a torch.nn.Module",
     "own:frozen": "model.factory own:frozen returned a model with nothing to train in it",
     "own:absent": "model.factory own:absent: own has no function 'absent'",
+    "own:lazy": "model.factory own:lazy returned a model whose head.weight has no shape yet; expected",
+    "own:meta": "model.factory own:meta returned a model whose head.weight is on the meta device, without",
     "broken:build": "model.factory broken:build cannot be imported: SyntaxError:",
     "missing:build": "model.factory missing:build: no module named 'missing'",
 }
@@ -59,6 +105,11 @@ FAILED = {
     "own:failing": "the model of model.factory own:failing failed in its forward: ValueError: no idea",
     "own:flat": "the model of model.factory own:flat returned (1,) for tokens (4, 16); expected logits",
     "own:small": "the model of model.factory own:small failed in its forward: IndexError:",
+    "own:detached": "the loss of the model of model.factory own:detached has no gradient: its forward",
+    "own:narrow": "own:narrow returned logits over 100 symbols, but the data has 257; expected as many",
+    "own:asserts": "the model of model.factory own:asserts failed in its forward: AssertionError: never (at",
+    "own:opens": "the model of model.factory own:opens failed in its forward: OSError: no such table (at",
+    "own:leaves_later": "own:leaves_later failed in its forward: SystemExit: 3 (at ",
 }
 
 
@@ -100,3 +151,9 @@ def test_a_model_that_fails_in_its_forward_is_a_failed_run(folder: Path, factory
     assert FAILED[factory] in output
     assert code == 1
     assert (folder / "out" / "record.json").exists()
+
+
+def test_the_place_of_a_failure_is_in_the_users_code(folder: Path) -> None:
+    """The first steps are counted by xtrain's ledger, which stands between the model and torch."""
+    _, output = run(folder, "own:small")
+    assert f"(at {folder / 'own.py'}:" in output

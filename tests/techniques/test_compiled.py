@@ -29,6 +29,7 @@ from xtrain.techniques import compiled
 COMPILE = {"train": {"compile": True}}
 IN_FP32, IN_16_BIT = 1e-5, 1e-3
 HF = Path(__file__).parents[2] / "configs" / "llama-tiny"
+HF_MODEL = {"model": {"preset": None, "layers": None, "hidden": None, "heads": None, "hf": str(HF)}}
 
 
 @pytest.fixture
@@ -106,11 +107,10 @@ def test_every_technique_trains_the_same_compiled_or_is_refused_with_the_reason(
 
 
 def test_a_model_of_the_transformers_library_has_the_same_losses(quick: None) -> None:
-    model = {"model": {"preset": None, "layers": None, "hidden": None, "heads": None, "hf": str(HF)}}
     cpu = registry.load("cpu")
-    found = losses(cpu, merged(model, COMPILE))
+    found = losses(cpu, merged(HF_MODEL, COMPILE))
     assert graphs() >= 1
-    assert found == pytest.approx(losses(cpu, merged(model)), rel=IN_FP32)
+    assert found == pytest.approx(losses(cpu, merged(HF_MODEL)), rel=IN_FP32)
 
 
 def test_blocks_of_one_class_are_compiled_once(quick: None) -> None:
@@ -164,14 +164,15 @@ def test_the_first_step_says_that_it_compiles_and_the_second_says_nothing(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("model", [{}, HF_MODEL], ids=["preset", "hf"])
 def test_a_compiler_that_fails_ends_the_run_with_a_message(
-    quick: None, monkeypatch: pytest.MonkeyPatch
+    quick: None, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any]
 ) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise ValueError("no such instruction")
 
     monkeypatch.setattr(compiled, "COMPILER", broken)
-    spec = merged(COMPILE)
+    spec = merged(model, COMPILE)
     with pytest.raises(RunFailed, match=r"train.compile: torch could not compile this model: .*; use false"):
         step(start(spec), spec, 0)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xtrain.errors import RunFailed, described
+from xtrain.errors import RunFailed, XtrainError, described
 from xtrain.models.loss import PLAIN, ChunkedHead, LogitForm, cross_entropy_sum
 from xtrain.models.loss_chunk import LossChunk
 
@@ -23,24 +23,35 @@ class Adapter(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         try:
-            return self.loss_sum(tokens, targets)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            loss = self.loss_sum(tokens, targets)
+        except (XtrainError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+                raise  # a full device is the engine's to tell
             raise RunFailed(
                 f"the model of {self.origin} failed in its forward: {described(error)}"
             ) from error
-        except RuntimeError as error:
-            if "memory" in str(error).lower():  # a full device is the engine's to tell
-                raise
+        if torch.is_grad_enabled() and not loss.requires_grad:
             raise RunFailed(
-                f"the model of {self.origin} failed in its forward: {described(error)}"
-            ) from error
+                f"the loss of the model of {self.origin} has no gradient: its forward detaches its logits, "
+                "makes them under torch.no_grad, or uses none of its trained weights"
+            )
+        return loss
 
     @abstractmethod
     def loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: ...
 
 
 class LogitsLoss(Adapter):
-    """For a module whose output is logits: a tensor, an object with `.logits`, or a tuple of them first."""
+    """For a module whose output is logits: a tensor, an object with `.logits`, or a tuple of them first.
+
+    `symbols` are those of the data, all of which the logits must be over; 0 where they are not known.
+    """
+
+    def __init__(self, model: nn.Module, origin: str, symbols: int = 0) -> None:
+        super().__init__(model, origin)
+        self.symbols = symbols
 
     def loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         output = self.model(tokens)
@@ -50,6 +61,11 @@ class LogitsLoss(Adapter):
             raise RunFailed(
                 f"the model of {self.origin} returned {found} for tokens {tuple(tokens.shape)}; "
                 "expected logits [batch, seq, vocabulary]"
+            )
+        if logits.shape[-1] < self.symbols:
+            raise RunFailed(
+                f"the model of {self.origin} returned logits over {logits.shape[-1]} symbols, but the data "
+                f"has {self.symbols}; expected as many or more"
             )
         return cross_entropy_sum(logits, targets)
 

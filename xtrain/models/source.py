@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,7 +76,7 @@ def _own_source(spec: Spec, data_vocab_size: int, resumed: bool) -> NotedSource:
         return PresetSource(spec, data_vocab_size)
     if spec.model.hf is not None:
         return HuggingFaceSource(spec, data_vocab_size, resumed)
-    return FactorySource(spec)
+    return FactorySource(spec, data_vocab_size)
 
 
 def without_numbers(spec: Spec) -> tuple[nn.Module, str]:
@@ -83,7 +84,7 @@ def without_numbers(spec: Spec) -> tuple[nn.Module, str]:
 
     To be called where tensors are made without numbers: no weights are read, nothing is tried on the model.
     """
-    source = HuggingFaceSource(spec, 0) if spec.model.hf is not None else FactorySource(spec)
+    source = HuggingFaceSource(spec, 0) if spec.model.hf is not None else FactorySource(spec, 0)
     model = source.skeleton() if isinstance(source, HuggingFaceSource) else source.build()
     return model, source.description
 
@@ -151,7 +152,8 @@ class FactorySource:
     content_hash = None
     outline: nn.Module | str | None = None
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, data_vocab_size: int) -> None:
+        self.data_vocab_size = data_vocab_size
         self.seed = spec.train.seed
         self.factory = spec.model.factory or ""
         self.args = spec.model.args
@@ -181,12 +183,33 @@ class FactorySource:
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise RequestError(f"model.factory {self.factory} returned a model with nothing to train in it")
-        adapted = LogitsLoss(model.float(), f"model.factory {self.factory}")
+        origin = f"model.factory {self.factory}"
+        _require_numbers(model, origin)
+        adapted = LogitsLoss(model.float(), origin, self.data_vocab_size)
         self.outline = outline(adapted)
         return adapted
 
     def decayed(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
+
+
+def _require_numbers(model: nn.Module, origin: str) -> None:
+    """RequestError where a weight or buffer has no numbers; in a build of shapes alone, none has any."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    of_shapes = torch.get_default_device().type == "meta"
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise RequestError(
+                f"{origin} returned a model whose {name} has no shape yet; expected a whole one: call it "
+                "once in the function, or use no lazy modules"
+            )
+        if tensor.is_meta and not of_shapes:
+            raise RequestError(
+                f"{origin} returned a model whose {name} is on the meta device, without numbers; expected "
+                "all on the CPU"
+            )
 
 
 @contextmanager

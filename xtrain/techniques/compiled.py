@@ -121,8 +121,11 @@ class FirstStep:
         started = perf_counter()
         try:
             yield
-        except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:
+            compiling = error if isinstance(error, TorchDynamoException) else error.__cause__
+            if not isinstance(compiling, TorchDynamoException):
+                raise
+            reason = str(compiling).strip().splitlines()[0]
             raise RunFailed(f"{KEY}: torch could not compile this model: {reason}; use false") from error
         self.say(f"compiled: the first step took {perf_counter() - started:.1f} s")
 
