@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from xtrain.cli import main
+from xtrain.data import Dataset, open_data
+from xtrain.spec import Spec
 
 SPEC = """\
 model: {preset: gpt2-nano}
@@ -83,3 +85,17 @@ def test_backend_that_was_chosen_refuses_with_the_place_in_the_file(monkeypatch:
         "  6:31: memory.offload.optimizer:",
         "  --set train.compile=true: train.compile:",
     ]
+
+
+def test_the_spec_that_is_kept_is_the_one_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever edits the file for the next run while data are prepared does not change this one's."""
+    Path("spec.yaml").write_text(SPEC)
+
+    def edited_meanwhile(spec: Spec, *, show_progress: bool) -> Dataset:
+        Path("spec.yaml").write_text("another")
+        return open_data(spec, show_progress=show_progress)
+
+    monkeypatch.setattr("xtrain.work.open_data", edited_meanwhile)
+    done = CliRunner().invoke(main, ["run", "spec.yaml", "--backend", "null", "--out", "out"])
+    assert done.exit_code == 0
+    assert Path("out/spec.yaml").read_text() == SPEC

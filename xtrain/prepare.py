@@ -43,7 +43,8 @@ def _fill(
 ) -> None:
     if request.resume:
         _go_on(directory, run_of(request.resume), begin, say)
-    write_text(directory.spec, request.spec_path.read_text(encoding="utf-8"))
+    as_given = request.spec_text
+    write_text(directory.spec, request.spec_path.read_text("utf-8") if as_given is None else as_given)
     write_json(
         directory.resolved,
         {

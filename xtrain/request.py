@@ -51,6 +51,8 @@ class Request:
     """How often workers are started again after one has died."""
     hosts: Hosts | None = None
     """This host's place among several; None alone."""
+    spec_text: str | None = None
+    """What the spec's file says at the start: it may be edited while data are prepared."""
 
     @property
     def supervised(self) -> bool:

@@ -47,6 +47,7 @@ def run(request: Request) -> int:
                 named = None if request.backend == AUTO else registry.load(request.backend)
                 resumes = request.resume is not None
                 spec = load_spec(request.spec_path, request.overrides, processes, named, resumes=resumes)
+                request = replace(request, spec_text=request.spec_path.read_text("utf-8"))
                 require_installed(spec.log.trackers)
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes

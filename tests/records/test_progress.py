@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
 
 import pytest
@@ -80,3 +82,16 @@ def test_it_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("step 1/1")
+
+
+def test_a_terminal_that_does_not_know_its_width_shows_the_bar_too() -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        assert os.get_terminal_size(theirs).columns == 0
+        with Progress(20, 0, True, 10, terminal) as progress:
+            for record in steps(1, 20):
+                progress.update(record)
+        terminal.flush()
+        seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "loss 2.5000" in seen

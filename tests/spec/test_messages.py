@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ def test_broken_file_is_told_in_one_line(content: bytes, line: str) -> None:
 def test_missing_file_names_the_one_that_was_meant() -> None:
     Path("spce.yaml").write_text(GOOD)
     assert told() == message("no such file; did you mean spce.yaml?")
+
+
+def test_link_that_leads_nowhere_is_not_what_was_meant() -> None:
+    Path("spec.yaml").symlink_to("elsewhere.yaml")
+    assert told() == message("no such file")
+
+
+def test_pipe_is_refused_for_a_spec_is_read_more_than_once() -> None:
+    os.mkfifo("spec.yaml")
+    assert told() == message("a pipe or device, not a file; save it as a file: it is read again later")
 
 
 def test_folder_is_not_a_spec() -> None:

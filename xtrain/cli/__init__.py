@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import sys
+from contextlib import redirect_stderr
 from typing import Any
 
 import click
@@ -14,8 +16,9 @@ from xtrain.cli.checkpoint import checkpoint
 from xtrain.cli.compare import compare, report
 from xtrain.cli.machine import backends, doctor, plan
 from xtrain.cli.specs import check, import_config, schema, translate
+from xtrain.cli.streams import Overheard
 from xtrain.cli.train import launch, run
-from xtrain.errors import XtrainError
+from xtrain.errors import EXIT_FAILED, XtrainError
 from xtrain.launching.worker import launched
 from xtrain.signals import Interrupted, exit_code
 
@@ -35,6 +38,9 @@ COMMANDS = (
 )
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class Edge(click.Group):
     """The one place where errors become messages and exit codes. A traceback means a bug of ours."""
 
@@ -42,6 +48,10 @@ class Edge(click.Group):
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a name is no reason to fail
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        with redirect_stderr(Overheard(sys.stderr)):
+            return self._invoke(context)
+
+    def _invoke(self, context: click.Context) -> Any:
         if launched():
             return super().invoke(context)  # one of several workers: its worker.py tells the launcher
         try:
@@ -53,6 +63,11 @@ class Edge(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise SystemExit(exit_code(signal.SIGINT)) from None  # as shells say it; click would say 1
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            click.echo(f"error: cannot write: {error.strerror}", err=True)
+            raise SystemExit(EXIT_FAILED) from None
 
 
 @click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})

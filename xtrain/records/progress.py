@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -16,6 +18,9 @@ _BAR = "{n_fmt}/{total_fmt} |{bar:20}| {desc}, {remaining} left"
 
 _BAR_SECONDS = 0.5
 """A bar says something new at least this often, however long `every` steps take."""
+
+
+_USUAL_COLUMNS = 80
 
 
 @dataclass
@@ -48,7 +53,12 @@ class Progress:
         self._bar: tqdm[Never] | None = None
         if enabled and self._stream.isatty():
             self._bar = tqdm(
-                total=total_steps, initial=start, file=self._stream, bar_format=_BAR, desc="starting"
+                total=total_steps,
+                initial=start,
+                file=self._stream,
+                bar_format=_BAR,
+                desc="starting",
+                ncols=_columns(self._stream),
             )
 
     def update(self, record: StepRecord) -> None:
@@ -103,3 +113,11 @@ class Progress:
         """Time left by the wall clock, so that evaluations and checkpoints count."""
         pace_seconds = (perf_counter() - self._began) / max(1, step - self._start)
         return tqdm.format_interval(pace_seconds * (self._total_steps - step))
+
+
+def _columns(terminal: TextIO) -> int | None:
+    """For a terminal that does not know its width (of a container, say), where tqdm would show nothing."""
+    with suppress(OSError):
+        if os.get_terminal_size(terminal.fileno()).columns == 0:
+            return _USUAL_COLUMNS
+    return None

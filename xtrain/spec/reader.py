@@ -7,6 +7,7 @@ Numbers and booleans are YAML 1.2's, so `3e-4` is a number and `no` is a word.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,8 +106,10 @@ def as_scalar(text: str) -> JSON:
 
 def _read_text(path: Path) -> str:
     """The file's text; refuses what is no file, too large, or not UTF-8."""
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - pathlib raises for what is no possible path
         raise Unreadable("a folder, not a file", nearest="name a YAML file in it")
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+        raise Unreadable("a pipe or device, not a file", nearest="save it as a file: it is read again later")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -130,7 +133,7 @@ def _neighbours(path: Path) -> str:
     from difflib import get_close_matches
 
     try:
-        names = [other.name for other in path.parent.glob("*.y*ml")]
+        names = [other.name for other in path.parent.glob("*.y*ml") if other.exists()]
     except OSError:
         return ""
     return (
