@@ -183,6 +183,7 @@ def train(spec: Spec, job: Job) -> dict[str, Any]:
         "import_peak": peak_bytes(ledger),
         "notes": list(engine.notes),
         "ds_config": config["zero_optimization"],
+        "bucket": engine.engine.optimizer.reduce_bucket_size,
         "written": engine.resolved.files["ds_config.json"]["zero_optimization"],
     }
     engine.close()

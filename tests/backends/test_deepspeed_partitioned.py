@@ -66,11 +66,12 @@ def test_the_bounds_of_a_model_of_the_library_are_taken_from_the_built_one(repor
     assert trained["notes"] == []
 
 
-def test_the_ds_config_that_is_written_has_the_bounds_that_are_used(report: dict[str, Any]) -> None:
+def test_the_ds_config_that_is_written_has_the_sizes_that_are_used(report: dict[str, Any]) -> None:
     h, between = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     block = 3 * h * h + 3 * h * between + 2 * h  # half as many heads for keys and values
     for kind in ("hf trained", "factory trained"):
         assert report[kind]["written"] == report[kind]["ds_config"]
+        assert report[kind]["written"]["reduce_bucket_size"] == report[kind]["bucket"]
     assert report["hf trained"]["written"]["stage3_prefetch_bucket_size"] == block
     assert report["hf trained"]["written"]["stage3_param_persistence_threshold"] == h
 
