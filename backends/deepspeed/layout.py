@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from xtrain.plan.layout import HOST, Categories
 from xtrain.plan.model import FP32
+from xtrain.plan.places import hold_pass
 from xtrain.plan.step import Moment, Step
 
 from .zero import BLOCK, bucket_numbers, stage_of
@@ -32,6 +33,7 @@ class Partitioned:
     stage: int
     world: int
     state_on_host: bool
+    activations_on_host: bool
     given_bucket: int | None
     """Numbers in it as an override has them."""
 
@@ -43,7 +45,7 @@ class Partitioned:
             self._update(held, step)
         elif moment.phase == "pass":
             self._gradients(held[self.home], step, moment)
-            self._pass(held[self.home], moment)
+            hold_pass(held, step, moment, lambda block: self.home, self.activations_on_host)
             if self.stage == 3:
                 self._gathered(held[self.home], step, moment)
         return held
@@ -125,12 +127,6 @@ class Partitioned:
         if width != FP32:
             home["other"] += width * share
 
-    def _pass(self, held: Categories, moment: Moment) -> None:
-        blocks = sum(moment.kept) + sum(moment.again) - moment.gone
-        held["activations"] += blocks + moment.head + moment.running
-        held["logits"] += moment.logits
-        held["other"] += moment.other
-
     def _buckets(self, step: Step, moment: Moment) -> int:
         """Stage 3 keeps one for ever; stages 1 and 2 make two for a backward pass, until it is reduced."""
         in_backward = moment.phase == "pass" and (moment.at is not None or moment.made_blocks > 0)
@@ -182,8 +178,8 @@ def layout_of(spec: Spec, world: int, device: str) -> Partitioned | None:
     offload = spec.techniques.offload
     if offload.parameters.enabled or offload.optimizer.device == "nvme":
         return None
-    on_host = offload.optimizer.enabled and device != HOST
-    return Partitioned(device, stage_of(spec), world, on_host, _given_bucket(spec))
+    state, activations = (one.enabled and device != HOST for one in (offload.optimizer, offload.activations))
+    return Partitioned(device, stage_of(spec), world, state, activations, _given_bucket(spec))
 
 
 def _given_bucket(spec: Spec) -> int | None:

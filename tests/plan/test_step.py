@@ -285,3 +285,14 @@ def test_planning_a_preset_imports_no_torch(spec: Path) -> None:
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_deepspeed_s_activations_are_on_the_host_where_they_are_offloaded(spec: Path) -> None:
+    words = ("--backend", "deepspeed", "--gpus", "2", "--set=batch.global=16", "--set=data.seq_len=512")
+    kept, parked = (
+        json.loads(plan(spec, *words, *more, "--json").stdout)["places"]
+        for more in ([], ["--set=memory.offload.activations=cpu"])
+    )
+    assert parked["device"]["activations"] < 0.1 * kept["device"]["activations"]
+    assert parked["cpu"]["activations"] > 0.8 * kept["device"]["activations"]
+    assert "cpu" not in kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xtrain.plan.layout import DEVICE, HOST, Categories
@@ -35,18 +35,15 @@ class Places:
                 self._gradient(held, step, moment)
             else:
                 self._gradients(held, step, moment)
-            self._pass(held, step, moment)
+            hold_pass(held, step, moment, self._place, self.offload.activations.enabled)
         return held
 
     def sent_bytes(self, step: Step) -> int:
         return 0
 
-    def _place(self, block: int) -> str:
-        return self.blocks[block] if self.blocks else self.home
-
-    def _at(self, moment: Moment) -> str:
-        """Where the backward pass is."""
-        return self.home if moment.at is None else self._place(moment.at)
+    def _place(self, block: int | None) -> str:
+        """None: of stem, head and loss."""
+        return self.home if block is None or not self.blocks else self.blocks[block]
 
     def _updated(self, place: str) -> str:
         """Where the optimizer works on a weight that is at `place`."""
@@ -82,11 +79,11 @@ class Places:
         held[self._gathered(self.home)]["gradients"] += width * numbers_outside
         for place, numbers in blocks if accumulated else blocks[len(blocks) - moment.made_blocks :]:
             held[self._gathered(place)]["gradients"] += width * numbers
-        held[self._at(moment)]["gradients"] += width * moment.fresh
+        held[self._place(moment.at)]["gradients"] += width * moment.fresh
 
     def _gradient(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
         """The one that is being made and used, and its fp32 copy where the optimizer has a master copy."""
-        place = self._at(moment)
+        place = self._place(moment.at)
         updated = self._updated(place)
         held[place]["gradients"] += step.widths.weight * moment.fresh
         if moment.final and (step.widths.weight != FP32 or updated != place):
@@ -96,19 +93,28 @@ class Places:
         """Where the gradient of a weight at `place` waits for the update."""
         return HOST if self.offload.gradients.enabled else place
 
-    def _pass(self, held: dict[str, Categories], step: Step, moment: Moment) -> None:
-        """Kept activations may be on the host; what is recomputed or in use is beside the weights."""
-        parked, model = self.offload.activations.enabled, step.model
-        for block, kept in enumerate(moment.kept):
-            copied = kept + model.views if kept == model.block else kept
-            held[HOST if parked else self._place(block)]["activations"] += copied if parked else kept
-        for block, again in enumerate(moment.again):
-            held[self._place(block)]["activations"] += again
-        held[HOST if parked else self.home]["activations"] += moment.head
-        held[self.home]["activations"] += moment.running
-        held[self.home]["logits"] += moment.logits
-        at = self._at(moment)
-        held[HOST if parked else at]["activations"] -= moment.gone
-        held[at]["other"] += moment.other
-        if parked:  # what is asked for comes back where the gradient is made
-            held[at]["other"] += moment.asked * model.expanded
+
+def hold_pass(
+    held: dict[str, Categories],
+    step: Step,
+    moment: Moment,
+    place_of: Callable[[int | None], str],
+    parked: bool,
+) -> None:
+    """What forward and backward hold: `parked` activations on the host, all else where their block is.
+
+    `place_of` a block, or of stem, head and loss for None.
+    """
+    model, home, at = step.model, place_of(None), place_of(moment.at)
+    for block, kept in enumerate(moment.kept):
+        copied = kept + model.views if kept == model.block else kept
+        held[HOST if parked else place_of(block)]["activations"] += copied if parked else kept
+    for block, again in enumerate(moment.again):
+        held[place_of(block)]["activations"] += again
+    held[HOST if parked else home]["activations"] += moment.head
+    held[HOST if parked else at]["activations"] -= moment.gone
+    held[home]["activations"] += moment.running
+    held[home]["logits"] += moment.logits
+    held[at]["other"] += moment.other
+    if parked:  # what is asked for comes back where the gradient is made
+        held[at]["other"] += moment.asked * model.expanded
