@@ -538,6 +538,19 @@ def test_the_best_is_kept_too(tmp_path: Path) -> None:
     assert checkpoints(out) == [3, 16]
 
 
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["of another run", "removed by hand"])
+def test_a_best_that_the_run_does_not_have_gives_way_to_the_next(tmp_path: Path, elsewhere: bool) -> None:
+    options: dict[str, Any] = {"checkpoint": "{every_steps: 4, keep: 1, best: true}", "train__eval_every": 3}
+    first, out = tmp_path / "first", tmp_path / ("out" if elsewhere else "first")
+    assert run(tmp_path, "--out", first, **options).exit_code == 0
+    assert checkpoints(first) == [3, 12]
+    if not elsewhere:
+        shutil.rmtree(first / "checkpoints" / "step-00000003")
+    words = ("--resume", first, *(("--out", out) if elsewhere else ()))
+    assert run(tmp_path, *words, **options, train__steps=16).exit_code == 0
+    assert checkpoints(out) == [15, 16]
+
+
 def test_keys_that_may_change_exist_and_those_of_what_is_learned_are_not_among_them() -> None:
     for key in (
         "optimizer.lr",

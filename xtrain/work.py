@@ -13,7 +13,7 @@ from time import perf_counter
 
 from xtrain.allocator import give_back_freed_memory
 from xtrain.checkpoints.format import complete_checkpoints
-from xtrain.checkpoints.manager import Checkpointer, restore
+from xtrain.checkpoints.manager import Checkpointer, own_best, restore
 from xtrain.checkpoints.select import Selected, require_folder
 from xtrain.choose import Choice
 from xtrain.contract import Backend, Counter, DecidesLater, Job, OutOfMemory, Resolved
@@ -279,17 +279,18 @@ class Run:
         return Recorder(self.directory, progress, trackers)
 
     def _checkpointer(self, observer: Recorder | Silent) -> Checkpointer:
+        folder = self.directory.checkpoints if self.directory else None
         return Checkpointer(
             self.facts.resolved.spec.checkpoint,
             self.facts.resolved,
             self.facts.data.content_hash,
             self.guards,
-            self.directory.checkpoints if self.directory else None,
+            folder,
             observer.say,
             observer.sync,
             self.job.rank,
             last_step=self.begin.step or None,
-            best=self.begin.state.best if self.begin.state else None,
+            best=own_best(self.facts.engine, self.begin.state, folder),
             model_hash=self.facts.model.content_hash,
             files=self.facts.model.files,
             has_saved=self.begin.checkpoint is not None,

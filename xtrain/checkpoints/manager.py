@@ -274,6 +274,17 @@ class Checkpointer:
             self.say(f"warning: an older checkpoint could not be deleted: {reason}")
 
 
+def own_best(engine: Engine, state: State | None, folder: Path | None) -> tuple[int, float] | None:
+    """The best so far of a run that goes on from `state`, where it is among the checkpoints in `folder`.
+
+    It need not be: the run may be another one's, and checkpoints may be set aside or removed. Then the next
+    evaluation is the best that is kept. Rank 0, which has the folder, decides. Collective.
+    """
+    best = state.best if state else None
+    kept = [one.step for one in complete_checkpoints(folder)] if folder else []
+    return best if engine.gather(best is not None and best[0] in kept)[0] else None
+
+
 def restore(engine: Engine, checkpoint: Checkpoint, guards: Guards | None, rank: int) -> int:
     """Bring the engine and the guards to where the checkpoint left them; returns the updates done."""
     state = checkpoint.state()
