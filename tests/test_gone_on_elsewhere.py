@@ -14,7 +14,7 @@ from xtrain import registry
 from xtrain.choose import Choice
 from xtrain.contract import Job, Memory, OutOfMemory
 from xtrain.errors import EXIT_DONE, EXIT_FAILED
-from xtrain.fitting import read_history
+from xtrain.fitting import HISTORY, read_history
 from xtrain.launching.launch import Ended
 from xtrain.loop import Loop
 from xtrain.records.metrics import StepRecord
@@ -139,8 +139,7 @@ def test_the_launcher_stays_with_the_named_checkpoint_until_the_run_has_gone_bac
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: bool
 ) -> None:
     first = whole(tmp_path)
-    auto = {"settings": {"memory_auto": {"rung": "a", "lower": ["b"]}}}
-    write_json(first / "resolved.json", auto)
+    write_json(first / HISTORY, {"rung": "a", "lower": ["b"]})
     asked: list[str] = []
 
     def start_workers(arguments: list[str], *_: Any, **__: Any) -> Ended:
@@ -148,7 +147,7 @@ def test_the_launcher_stays_with_the_named_checkpoint_until_the_run_has_gone_bac
         if len(asked) > 1:
             return Ended(EXIT_DONE, "")
         if began:
-            write_json(first / "resolved.json", auto)
+            write_json(first / "resolved.json", {})
         return Ended(EXIT_FAILED, "rank 0 was killed by SIGKILL", "yes")
 
     monkeypatch.setattr(xtrain.run, "start_workers", start_workers)

@@ -7,14 +7,16 @@ import gc
 import resource
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import xtrain.run
+import xtrain.work
 from tests.clean_process import start
 from tests.simulated.backend import Simulated, _devices, simulated_backend
 from tests.simulated.counting import MEMORY
@@ -22,12 +24,13 @@ from tests.small_runs import metrics, steps
 from tests.workers.hungry import COUNTER
 from xtrain import registry
 from xtrain.choose import Choice
-from xtrain.contract import Job
-from xtrain.errors import EXIT_FAILED, RunFailed
-from xtrain.fitting import Failure, add_failure, fit, lower_after, read_history
+from xtrain.contract import Job, Memory, OutOfMemory, Resolved
+from xtrain.errors import EXIT_DONE, EXIT_FAILED, RunFailed
+from xtrain.fitting import HISTORY, Failure, add_failure, fit, lower_after, read_history
 from xtrain.launching.launch import Ended
 from xtrain.measure import cgroup
 from xtrain.plan.auto import Rung, predicted_bytes, rungs, sized
+from xtrain.prepare import RUN_DIRECTORY
 from xtrain.records.record import RunRecord, load_record
 from xtrain.records.rundir import write_json
 from xtrain.request import Request
@@ -46,6 +49,7 @@ optimizer: {name: adamw, lr: 2e-3}
 memory: auto
 """
 TOLERANCE = 1e-5
+PLAIN = "memory={}"
 
 
 def spec_of(tmp_path: Path, *overrides: str) -> Spec:
@@ -109,10 +113,10 @@ def test_the_first_rung_that_fits_is_taken(tmp_path: Path) -> None:
     needed = [needed_bytes(rung.spec, "cuda") for rung in ladder]
     third = needed[2]
     assert third is not None
-    assert fit(spec, 1, backend, int(third / 0.9) + 1, None).rung == ladder[2]
-    assert fit(spec, 1, backend, 1 << 40, None).rung == ladder[0]
-    assert fit(spec, 1, backend, 1, None).rung == ladder[-1]
-    assert fit(spec, 1, backend, None, None).rung == ladder[0]
+    assert fit(spec, 1, backend, int(third / 0.9) + 1, tmp_path).rung == ladder[2]
+    assert fit(spec, 1, backend, 1 << 40, tmp_path).rung == ladder[0]
+    assert fit(spec, 1, backend, 1, tmp_path).rung == ladder[-1]
+    assert fit(spec, 1, backend, None, tmp_path).rung == ladder[0]
 
 
 def own(tmp_path: Path, function: str) -> Spec:
@@ -130,11 +134,11 @@ def test_a_model_of_one_s_own_is_traced_to_find_the_first_rung_that_fits(tmp_pat
     assert first is not None
     assert second is not None
     assert second < first
-    assert fit(spec, 1, backend, int(second / 0.9) + 1, None).rung == ladder[1]
+    assert fit(spec, 1, backend, int(second / 0.9) + 1, tmp_path).rung == ladder[1]
 
 
 def test_a_model_that_cannot_be_traced_begins_with_the_first_rung_and_why_is_told(tmp_path: Path) -> None:
-    fitted = fit(own(tmp_path, "build_by_numbers"), 1, registry.load("cpu"), 1, None)
+    fitted = fit(own(tmp_path, "build_by_numbers"), 1, registry.load("cpu"), 1, tmp_path)
     assert fitted.rung.name == "the spec as it is"
     assert "what it needs is known only once it runs: " in fitted.reason
     assert "cannot be made without numbers" in fitted.reason
@@ -153,7 +157,7 @@ KILLED = Ended(EXIT_FAILED, "rank 0 was killed by SIGKILL", "yes")
 
 def was_on(folder: Path, rung: str, *lower: str) -> None:
     """What the last attempt wrote down."""
-    write_json(folder / "resolved.json", {"settings": {"memory_auto": {"rung": rung, "lower": lower}}})
+    write_json(folder / HISTORY, {"rung": rung, "lower": lower})
 
 
 def failed(folder: Path) -> list[str]:
@@ -193,9 +197,117 @@ def test_kills_before_a_run_has_begun_lead_to_an_end(tmp_path: Path) -> None:
     assert failed(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_run_without_memory_auto_is_not_begun_again(tmp_path: Path) -> None:
-    write_json(tmp_path / "resolved.json", {"settings": {}})
-    assert not lower_after(KILLED, tmp_path, 0)
+def test_a_rung_that_several_processes_found_too_much_is_told_once(tmp_path: Path) -> None:
+    for why in ("rank 0 is full", "rank 1 is full"):
+        add_failure(tmp_path, Failure("a", why, None))
+    assert read_history(tmp_path) == [Failure("a", "rank 0 is full", None)]
+
+
+def test_a_run_without_memory_auto_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it was under it once: its directory still says so."""
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    out = tmp_path / "out"
+    asked: list[list[str]] = []
+
+    def start_workers(arguments: list[str], *_: Any, **__: Any) -> Ended:
+        asked.append(arguments)
+        was_on(out, "a", "b")
+        return KILLED
+
+    monkeypatch.setattr(xtrain.run, "start_workers", start_workers)
+    with pytest.raises(RunFailed, match="was killed"):
+        run(Request(tmp_path / "spec.yaml", "cpu", out, overrides=(PLAIN,), max_restarts=1))
+    assert len(asked) == 1
+
+
+class Killed(BaseException):
+    """Nothing that is written for errors sees it."""
+
+
+FULL = OutOfMemory("sim:0", Memory(None, None, None), "start")
+
+
+@dataclass
+class JobOfTwo:
+    """What a launch starts: its ranks in turn, in this process, on the null backend.
+
+    While their engines start, `rank` comes to the `end`, in `times` attempts, and the other one misses it.
+    Then rank 0 trains, alone.
+    """
+
+    monkeypatch: pytest.MonkeyPatch
+    rank: int
+    end: BaseException
+    times: int
+    attempts: int = 0
+
+    def start_workers(self, words: list[str], processes: int, environ: dict[str, str], **_: Any) -> Ended:
+        self.attempts += 1
+        request = Request(Path(words[1]), "null")
+        with self.monkeypatch.context() as patch:
+            patch.setenv(RUN_DIRECTORY, environ[RUN_DIRECTORY])
+            if self.attempts > self.times:
+                return ended(request, Job())
+            return [ended(request, Job(rank, rank, processes)) for rank in range(processes)][self.rank]
+
+    def start(
+        self, honest: Callable[..., Any], backend: Any, resolved: Resolved, model: Any, job: Job
+    ) -> Any:
+        if self.attempts > self.times:
+            return honest(backend, resolved, model, job)
+        raise self.end if job.rank == self.rank else RunFailed("the connection is closed")
+
+
+def ended(request: Request, job: Job) -> Ended:
+    """What a launcher learns of a worker."""
+    spec, choice = load_spec(request.spec_path), Choice(registry.load("null"), "")
+    try:
+        with StopRequest() as stop:
+            return Ended(work(request, spec, choice, job, stop), "")
+    except RunFailed as error:
+        return Ended(error.exit_code, str(error))
+    except Killed:
+        return KILLED
+
+
+def launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, end: BaseException, times: int
+) -> None:
+    """A run of SPEC by two processes. What they say to each other beforehand is left out."""
+    job, null = JobOfTwo(monkeypatch, rank, end, times), type(registry.load("null"))
+    honest = null.start
+    monkeypatch.setattr(null, "problems", lambda *_: [])
+    monkeypatch.setattr(null, "start", lambda *given: job.start(honest, *given))
+    monkeypatch.setattr(xtrain.work, "preflight", lambda *_: None)
+    monkeypatch.setattr(xtrain.work, "everyones", lambda job, topic, value, seconds: [value])
+    monkeypatch.setattr(xtrain.run, "start_workers", job.start_workers)
+    (tmp_path / "spec.yaml").write_text(SPEC.replace("micro: 8", "micro: 4"))
+    assert run(Request(tmp_path / "spec.yaml", "null", tmp_path / "out", processes=2)) == EXIT_DONE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", [FULL, Killed()], ids=["full", "killed"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_job_that_ends_while_its_engines_start_begins_again_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, end: BaseException, times: int
+) -> None:
+    launched(tmp_path, monkeypatch, rank, end, times)
+    out = tmp_path / "out"
+    settings: Any = load_record(out).settings["memory_auto"]
+    assert settings["rung"] == f"batch.micro {4 >> times}"
+    assert failed(out) == ["the spec as it is", "batch.micro 2"][:times]
+    assert steps(out) == list(range(1, 7))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_that_does_not_fit_at_all_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    with pytest.raises(RunFailed, match="sim:0 is out of memory before the first step"):
+        launched(tmp_path, monkeypatch, rank, FULL, 99)
+    assert not (tmp_path / "out").exists()
 
 
 def train(tmp_path: Path, out: Path, *overrides: str) -> None:
@@ -223,9 +335,6 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(_devices.DEVICES, "cpu", Simulated)
         yield
         MEMORY[0].limit_bytes = None
-
-
-PLAIN = "memory={}"
 
 
 @pytest.mark.usefixtures("simulated")
@@ -332,23 +441,20 @@ def test_under_a_limit_of_the_system_it_fits_where_the_plain_run_dies(tmp_path: 
 def test_after_a_kill_the_parent_begins_again_one_rung_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first two updates are saved; the third is killed with 4 sequences a pass, and not with 2."""
+    """With 8 sequences a pass while it is built, with 4 at the third update; the first two are saved."""
     spec = tmp_path / "spec.yaml"
     text = SPEC.replace(
         "{preset: gpt2-nano, layers: 2, hidden: 64, heads: 2, positions: 64}",
         "{factory: tests.workers.hungry:build}",
     )
-    spec.write_text(
-        text.replace("{global: 8, micro: 8}", "{global: 4, micro: 4}") + "checkpoint: {every_steps: 1}\n"
-    )
+    spec.write_text(f"{text}checkpoint: {{every_steps: 1}}\n")
     out, vmstat = tmp_path / "out", tmp_path / "vmstat"
     vmstat.write_text("oom_kill 0\n")
     monkeypatch.setattr(cgroup, "PROC", tmp_path)
     monkeypatch.setenv(COUNTER, str(vmstat))
     assert run(Request(spec, "cpu", out)) == 0
-    (failure,) = read_history(out)
-    assert failure.rung == "the spec as it is"
-    assert "SIGKILL (probably out of memory" in failure.why
+    assert failed(out) == ["the spec as it is", "batch.micro 4"]
+    assert all("SIGKILL (probably out of memory" in one.why for one in read_history(out))
     record = load_record(out)
     assert record.status == "done"
     assert steps(out) == list(range(1, 7))

@@ -1,7 +1,8 @@
 """`memory: auto` in a run: the rung it begins with, and the next one when the device is full.
 
-What happened lies in the run directory (memory.json), so that it outlives the process: a kill by the system
-leaves no time to write. A rung that was too much is not tried again, also not when the run is resumed.
+What is tried lies in the run directory (memory.json) before it is tried, so that it outlives the process: a
+kill by the system leaves no time to write. A rung that was too much is not tried again, also not when the run
+is resumed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from xtrain.spec.tree import Spec
 HISTORY = "memory.json"
 
 
-class TooMuch(Exception):
-    """The device was full, and there is a rung below: the run in `directory` goes on there."""
+class TooMuch(RunFailed):
+    """The device was full, and there is a rung below: the run in `directory` goes on there.
+
+    Among several processes it ends this one: the launcher begins again.
+    """
 
     def __init__(self, message: str, directory: Path, begun: bool) -> None:
         super().__init__(message)
@@ -52,22 +56,30 @@ class Fitted:
     lower: Sequence[Rung]
     failures: Sequence[Failure]
     reason: str
+    directory: Path
+    """Of the run."""
 
     @property
     def notes(self) -> list[str]:
         told = [f"memory: auto: {one.rung} was too much: {one.why}" for one in self.failures]
         return [*told, f"memory: auto: trains with {self.rung.name}: {self.reason}"]
 
-    def too_much(self, full: OutOfMemory, saved_step: int | None, directory: Path, *, begun: bool) -> TooMuch:
+    def too_much(self, full: OutOfMemory, saved_step: int | None, *, begun: bool) -> TooMuch:
         """Word of it is left in the run directory, for whoever goes on there."""
-        add_failure(directory, Failure(self.rung.name, str(full), saved_step))
+        add_failure(self.directory, Failure(self.rung.name, str(full), saved_step))
         where = "step 0 or the last checkpoint" if saved_step is None else f"step {saved_step}"
-        return TooMuch(f"{full}, with {self.rung.name}; it goes on from {where} with less", directory, begun)
+        return TooMuch(
+            f"{full}, with {self.rung.name}; it goes on from {where} with less", self.directory, begun
+        )
 
     def noted(self, resolved: Resolved) -> Resolved:
         """With what was chosen, and why, in its notes and settings."""
         settings = {**resolved.settings, "memory_auto": self.settings()}
         return replace(resolved, notes=(*resolved.notes, *self.notes), settings=settings)
+
+    def write_down(self) -> None:
+        """For whoever begins again when this process is killed. Raises RunFailed."""
+        _write(self.directory, self.settings())
 
     def settings(self) -> dict[str, JSON]:
         return {
@@ -78,18 +90,18 @@ class Fitted:
         }
 
 
-def fit(spec: Spec, world: int, backend: Backend, room_bytes: int | None, directory: Path | None) -> Fitted:
-    """The rung to train with. `room_bytes` is what a device has; the same for every process."""
+def fit(spec: Spec, world: int, backend: Backend, room_bytes: int | None, directory: Path) -> Fitted:
+    """The rung that a run in `directory` is on. `room_bytes` is what a device has, the same on every rank."""
     ladder = rungs(spec, world, backend)
     failures = read_history(directory)
     failed = {one.rung for one in failures}
     left = [rung for place, rung in enumerate(ladder) if not any(r.name in failed for r in ladder[place:])]
     if not left:
-        return Fitted(ladder[-1], (), failures, "the last there is")
+        return Fitted(ladder[-1], (), failures, "the last there is", directory)
     if failures:  # the prediction was wrong, or somebody else needs memory too
-        return Fitted(left[0], left[1:], failures, "the next one below")
+        return Fitted(left[0], left[1:], failures, "the next one below", directory)
     place, reason = _first_that_fits(left, world, backend, room_bytes)
-    return Fitted(left[place], left[place + 1 :], failures, reason)
+    return Fitted(left[place], left[place + 1 :], failures, reason, directory)
 
 
 def _first_that_fits(
@@ -109,34 +121,36 @@ def _first_that_fits(
     return len(left) - 1, f"the last there is; {format_bytes(room_bytes)} are there"
 
 
-def read_history(directory: Path | None) -> list[Failure]:
+def read_history(directory: Path) -> list[Failure]:
     """Of the run in `directory`; nothing where it has none."""
+    found = _read(directory).get("failures")
     try:
-        found = json.loads((directory / HISTORY).read_text(encoding="utf-8")) if directory else []
-        return [Failure(str(one["rung"]), str(one["why"]), one["saved_step"]) for one in found]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [Failure(str(one["rung"]), str(one["why"]), one["saved_step"]) for one in found or ()]
+    except (KeyError, TypeError):
         return []
 
 
 def add_failure(directory: Path, failure: Failure) -> None:
     """From now on the run in `directory` does without that rung and those above it. RunFailed: it cannot."""
+    before = read_history(directory)
+    if failure.rung in [one.rung for one in before]:  # several processes were full at once
+        return
     try:
-        write_json(directory / HISTORY, [vars(one) for one in (*read_history(directory), failure)])
-    except OSError as error:
-        raise RunFailed(f"{failure.why}; cannot write {directory / HISTORY}: {error.strerror}") from error
+        _write(directory, {**_read(directory), "failures": [vars(one) for one in (*before, failure)]})
+    except RunFailed as error:
+        raise RunFailed(f"{failure.why}; {error}") from error
 
 
 def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:
     """For the launcher: whether the run in `directory` is to begin again, one rung down.
 
-    A killed process could leave no word. Its rung, and what was below it, are in resolved.json; where it was
-    killed before it wrote that, it was on the first one that has not failed yet. A kill that the system did
-    not count among those for memory is somebody's wish that it ends.
+    A killed process could leave no word: it was on the first rung that has not failed yet. A kill that the
+    system did not count among those for memory is somebody's wish that it ends.
     """
-    was = _last_settings(directory)
-    ladder = [str(name) for name in (was.get("rung"), *(was.get("lower") or ()))]
+    was = _read(directory)
+    ladder: list[str | None] = [was.get("rung"), *was.get("lower", ())]
     failed = [one.rung for one in read_history(directory)]
-    if ended.code != EXIT_FAILED or not was:
+    if ended.code != EXIT_FAILED:
         return False
     if len(failed) > failures_before:
         return failed[-1] in ladder[:-1]
@@ -147,11 +161,17 @@ def lower_after(ended: Ended, directory: Path, failures_before: int) -> bool:
     return on != ladder[-1]
 
 
-def _last_settings(directory: Path) -> dict[str, Any]:
-    """What the last attempt wrote down about its rung; empty where it had none."""
+def _read(directory: Path) -> dict[str, Any]:
+    """What the last attempt in `directory` wrote down; empty where there was none."""
     try:
-        resolved = json.loads((directory / "resolved.json").read_text(encoding="utf-8"))
-        found = resolved["settings"]["memory_auto"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((directory / HISTORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write(directory: Path, said: dict[str, Any]) -> None:
+    try:
+        write_json(directory / HISTORY, said)
+    except OSError as error:
+        raise RunFailed(f"cannot write {directory / HISTORY}: {error.strerror}") from error

@@ -158,6 +158,11 @@ def _run_to_go_on(resume: Path) -> RunDirectory:
     return RunDirectory.open(run_of(resume))
 
 
+def has_launcher() -> bool:
+    """Whether a launcher made the run directory: it begins again in there, or removes it if nothing began."""
+    return RUN_DIRECTORY in os.environ
+
+
 def is_new(directory: RunDirectory, request: Request) -> bool:
     """Whether it was made for this request, and goes when the request is refused."""
     return request.resume is None or directory.path.resolve() != run_of(request.resume).resolve()

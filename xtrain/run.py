@@ -52,13 +52,13 @@ def run(request: Request) -> int:
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes
                 choice = _choose(request, spec, world)
-            watched = request.supervised or spec.memory == "auto"  # a kill for memory leaves no last words
-            if job is not None or (world == 1 and not watched):
+            steps_down = spec.memory == "auto"  # also after a kill, which leaves no last words
+            if job is not None or (world == 1 and not request.supervised and not steps_down):
                 return work(request, spec, choice, job or Job(), stop)
     except Interrupted as interrupted:
         interrupted.exit_code = _early_exit_code(request, interrupted.exit_code)
         raise
-    return _launch(request, choice.backend.name, world)  # which takes signals in its own way
+    return _launch(request, choice.backend.name, world, steps_down)  # which takes signals in its own way
 
 
 def _processes(request: Request, job: Job | None) -> int | None:
@@ -94,8 +94,11 @@ def _choose(request: Request, spec: Spec, world: int) -> Choice:
         raise SpecError(error.source, located) from None
 
 
-def _launch(request: Request, backend: str, world: int) -> int:
-    """Start this host's workers and wait; nothing is left of a run that did not begin."""
+def _launch(request: Request, backend: str, world: int, steps_down: bool) -> int:
+    """Start this host's workers and wait; nothing is left of a run that did not begin.
+
+    A run that `steps_down` begins again with less memory where that was too short.
+    """
     directory, processes = _share(request, world)
     environ = dict(os.environ)
     if request.hosts is None:
@@ -109,7 +112,8 @@ def _launch(request: Request, backend: str, world: int) -> int:
             arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
         )
         began = directory.resolved.exists()
-        if not (began and lower_after(ended, directory.path, failures)):
+        waits = began or not request.hosts  # else its directory, which no launcher made, is not taken again
+        if not (steps_down and waits and lower_after(ended, directory.path, failures)):
             break
         print(f"note: {ended.message}\nnote: it begins again with less memory", file=sys.stderr, flush=True)
         if _filled_at_ns(directory) != filled_before:  # else it has not yet gone back to what --resume names

@@ -1,4 +1,7 @@
-"""A model that the system kills, as it does where memory is short: whenever a pass has too many sequences."""
+"""A model that the system kills, as it does where memory is short.
+
+The first time while it is built, then whenever a pass has too many sequences.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,21 @@ class Hungry(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.passes += 1
         if self.passes > 2 and self.training and len(tokens) >= TOO_MANY:
-            Path(os.environ[COUNTER]).write_text("oom_kill 1\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         logits: torch.Tensor = self.head(self.embedding(tokens))
         return logits
 
 
+def kills() -> int:
+    return int(Path(os.environ[COUNTER]).read_text().split()[1])
+
+
+def kill() -> None:
+    Path(os.environ[COUNTER]).write_text(f"oom_kill {kills() + 1}\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def build() -> nn.Module:
+    if kills() == 0 and not torch.empty(0).is_meta:  # not for the planner, which builds it without numbers
+        kill()
     return Hungry()
