@@ -101,4 +101,8 @@ def _left_out(checkpoint: Checkpoint, trained: set[str]) -> Iterator[str]:
         yield f"how often {len(fewer)} parameters were updated: DeepSpeed counts for all together"  # type: ignore[arg-type]
     if checkpoint.state().extras[0].get("loss_scaler"):
         yield "the loss scale: DeepSpeed's loader begins with a new one"
+    yield (
+        "the schedule: where the loading run has a scheduler, load_checkpoint(..., "
+        f"load_lr_scheduler_states=False), then engine.lr_scheduler.step({checkpoint.step})"
+    )
     yield "random states, guards and the position in the data: xtrain's own"

@@ -72,6 +72,7 @@ def test_what_a_form_cannot_carry_is_said(tmp_path: Path, universal: Path) -> No
         "random states, guards and the position in the data: xtrain's own"
         in json.loads(result.stdout)["notes"]
     )
+    assert "engine.lr_scheduler.step(4)" in "".join(json.loads(result.stdout)["notes"])
     (checkpoint,) = complete_checkpoints(tmp_path / "out" / "checkpoints")
     forge_extras(checkpoint.path, lambda extras: {**extras, "optimizer_steps_of": {"head.norm.bias": 2}})
     result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "counted")], catch_exceptions=False)
