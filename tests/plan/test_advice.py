@@ -75,6 +75,13 @@ def test_a_model_that_is_divided_for_its_activations_is_not_called_larger_than_a
     assert "112.0 GB (16 bytes per parameter): a node can hold it, but not beside 75.2 GB of" in why
 
 
+def test_one_gpu_has_nothing_to_shard_over_and_a_small_state_is_no_zero() -> None:
+    advice = advise(Shape(params=2e6, layers=4, hidden=128, seq=128, batch=4), Cluster(1, 1, 80e9))
+    assert advice.reasons[-1] == (
+        "the training state is 32.0 MB (16 bytes per parameter); one GPU of 80.0 GB holds it"
+    )
+
+
 def test_what_fits_nowhere_is_refused() -> None:
     with pytest.raises(RequestError, match="do not fit on 8 GPUs"):
         advise(dataclasses.replace(SEVENTY, params=1e12), NODE)

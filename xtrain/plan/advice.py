@@ -149,9 +149,11 @@ def _model_degrees(
     per_gpu = shape.state_bytes / min(cluster.gpus_per_node, cluster.gpus)
     whole = f"the training state is {_gb(shape.state_bytes)} ({STATE_BYTES} bytes per parameter)"
     if per_gpu + kept <= room:
-        over = "one GPU holds it" if cluster.gpus == 1 else f"one node holds it, {_gb(per_gpu)} per GPU"
-        shard = f"{whole}; {over} of {_gb(cluster.device_bytes)}: shard it over the data-parallel ranks"
-        return 1, 1, [shard]
+        room_of_one = _gb(cluster.device_bytes)
+        if cluster.gpus == 1:
+            return 1, 1, [f"{whole}; one GPU of {room_of_one} holds it"]
+        over = f"one node holds it, {_gb(per_gpu)} per GPU of {room_of_one}"
+        return 1, 1, [f"{whole}; {over}: shard it over the data-parallel ranks"]
     for degree in divisors(cluster.gpus // sequence):
         tensor, pipeline = _split(degree, shape, cluster.gpus_per_node // sequence)
         flying = min(pipeline, micro_batches)
@@ -225,4 +227,5 @@ def _figures(
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"
+    """Bytes; MB where GB would say 0.0."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
