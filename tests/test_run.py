@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from xtrain import registry
 from xtrain.cli import main
 from xtrain.data import Dataset, open_data
 from xtrain.spec import Spec
@@ -74,6 +75,13 @@ def test_named_backend_refuses_together_with_the_checks_of_the_spec() -> None:
         "  launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
         "deepspeed for 2 processes",
     ]
+
+
+def test_a_launch_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(registry.load("null")), "problems", lambda *_: [])
+    many = SPEC.replace("global: 12, micro: 4", "global: 100_000, micro: 1")
+    (message,) = refused(many, "--backend", "null", "--nproc", "100000", "--out", "out")
+    assert message.startswith("error: 100000 processes were asked for, and this machine has ")
 
 
 @pytest.mark.slow  # asks every backend whether it is usable, which imports its library

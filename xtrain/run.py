@@ -15,7 +15,7 @@ from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.fitting import lower_after, read_history
 from xtrain.launching.job import join
-from xtrain.launching.launch import start_workers
+from xtrain.launching.launch import Ended, start_workers
 from xtrain.launching.preflight import ADDRESS, told_to_others
 from xtrain.launching.worker import register
 from xtrain.prepare import (
@@ -100,6 +100,19 @@ def _launch(request: Request, backend: str, world: int, steps_down: bool) -> int
     A run that `steps_down` begins again with less memory where that was too short.
     """
     directory, processes = _share(request, world)
+    own = not request.hosts and is_new(directory, request)
+    try:
+        request, ended = _watch(request, backend, world, directory, processes, steps_down)
+        return _exit_code(request, directory, ended)
+    finally:
+        if own and not directory.resolved.exists():
+            shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def _watch(
+    request: Request, backend: str, world: int, directory: RunDirectory, processes: int, steps_down: bool
+) -> tuple[Request, Ended]:
+    """How the last attempt ended, and what it was asked for."""
     environ = dict(os.environ)
     if request.hosts is None:
         environ[RUN_DIRECTORY] = str(directory.path.absolute())
@@ -111,17 +124,20 @@ def _launch(request: Request, backend: str, world: int, steps_down: bool) -> int
         ended = start_workers(
             arguments, processes, environ, max_restarts=request.max_restarts, hosts=request.hosts
         )
-        began = directory.resolved.exists()
-        waits = began or not request.hosts  # else its directory, which no launcher made, is not taken again
+        filled = _filled_at_ns(directory)
+        waits = filled is not None or not request.hosts  # else its directory is not taken a second time
         if not (steps_down and waits and lower_after(ended, directory.path, failures)):
-            break
+            return request, ended
         print(f"note: {ended.message}\nnote: it begins again with less memory", file=sys.stderr, flush=True)
-        if _filled_at_ns(directory) != filled_before:  # else it has not yet gone back to what --resume names
+        if filled != filled_before:  # else it has not yet gone back to what --resume names
             request = replace(request, resume=directory.path, out=None)
-    if not began and not request.hosts and is_new(directory, request):
-        shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def _exit_code(request: Request, directory: RunDirectory, ended: Ended) -> int:
+    """Of a launch; an error says how to go on, where the run began."""
     if ended.code in (EXIT_DONE, EXIT_INTERRUPTED) and not ended.message:
         return ended.code
+    began = directory.resolved.exists()
     command = request.resume_command(directory.path, has_saved(directory))
     go_on = f"\ngo on with: {command}" if began else ""
     message = f"{ended.message}{go_on}"

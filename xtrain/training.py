@@ -123,7 +123,7 @@ class Run:
         if self.directory is None:
             return Silent()
         spec = self.facts.resolved.spec
-        progress = Progress(self.last_step, self.begin.step, enabled=True, every=spec.log.every_steps)
+        progress = Progress(self.last_step, self.begin.step, spec.log.every_steps)
         trackers = open_trackers(
             spec.log.trackers, self.directory.path, dump_spec(spec), progress.say, self.begin.step + 1
         )

@@ -93,7 +93,7 @@ def has_hashes(checkpoint: Checkpoint) -> bool:
 def newest(path: Path) -> Checkpoint:
     """The checkpoint that `path` is, or the newest valid one of a run directory, every byte checked."""
     found_at(path, aside=False)
-    selected = select(path.parent if path.name == "checkpoints" else path, hashes=True)
+    selected = select(path, hashes=True)
     for _, reason in selected.damaged:
         print(f"warning: passed over: {reason}", file=sys.stderr)
     assert selected.checkpoint is not None

@@ -7,7 +7,6 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from types import TracebackType
 from typing import Never, TextIO
 
 from tqdm import tqdm
@@ -37,21 +36,18 @@ class _Recent:
 
 
 class Progress:
-    """Shows updates `start` + 1 to `total_steps`; does nothing unless `enabled` (rank 0)."""
+    """Shows updates `start` + 1 to `total_steps`, of rank 0."""
 
-    def __init__(
-        self, total_steps: int, start: int, enabled: bool, every: int, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, start: int, every: int, stream: TextIO | None = None) -> None:
         self._total_steps = total_steps
         self._start = start
-        self._enabled = enabled
         self._every = every
         self._stream = stream if stream is not None else sys.stderr
         self._recent = _Recent()
         self._began = perf_counter()
         self._described = 0.0
         self._bar: tqdm[Never] | None = None
-        if enabled and self._stream.isatty():
+        if self._stream.isatty():
             self._bar = tqdm(
                 total=total_steps,
                 initial=start,
@@ -63,8 +59,6 @@ class Progress:
 
     def update(self, record: StepRecord) -> None:
         """Take the next update; on a terminal the bar moves, elsewhere every `every` steps are a line."""
-        if not self._enabled:
-            return
         self._recent.add(record)
         shown = record.step % self._every == 0 or record.step == self._total_steps
         if self._bar is not None:
@@ -77,8 +71,6 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line for people that does not break the bar."""
-        if not self._enabled:
-            return
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -88,14 +80,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _describe(self, record: StepRecord) -> str:
         recent, self._recent = self._recent, _Recent()

@@ -70,10 +70,6 @@ class RunDirectory:
         return self.path / "resolved.json"
 
     @property
-    def ds_config(self) -> Path:
-        return self.path / "ds_config.json"
-
-    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
