@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.mounts import limited_files
 from tests.small_runs import SPEC, checkpoints, run, steps, weights
 from tests.test_resume import forge_extras
 from xtrain.checkpoints.foreign import matched
@@ -63,6 +64,14 @@ def test_the_command_that_goes_on_has_what_was_set(tmp_path: Path, universal: Pa
     command = shlex.split(result.stdout.splitlines()[-1].removeprefix("go on with: "))
     words = command[len(this_program()) :]
     assert CliRunner().invoke(main, [*words, "--backend", "cpu", "--stop-after", "5"]).exit_code == 0
+
+
+def test_an_import_that_cannot_be_written_leaves_nothing_in_its_way(tmp_path: Path, universal: Path) -> None:
+    with limited_files(10_000):
+        result = import_(tmp_path, universal)
+    assert (result.exit_code, result.stderr[:20]) == (1, "error: cannot write ")
+    assert not (tmp_path / "new").exists()
+    assert import_(tmp_path, universal).exit_code == 0
 
 
 def test_what_a_form_cannot_carry_is_said(tmp_path: Path, universal: Path) -> None:

@@ -21,6 +21,7 @@ from xtrain.measure.machine import RECORDED_PACKAGES, package_version
 from xtrain.models.hf_folder import CONFIG
 from xtrain.models.init_from import SHOWN
 from xtrain.models.source import model_source
+from xtrain.prepare import discarded_on_refusal
 from xtrain.records.rundir import RunDirectory
 from xtrain.spec import dump_spec
 from xtrain.spec.tree import AdamW, Spec
@@ -113,7 +114,7 @@ def import_state(folder: Path, form: Form, spec: Spec, out: Path) -> ImportedSta
     layout = tensors.layout()
     directory = RunDirectory.create(out, folder.name)
     state = _state(found, form, spec, data.content_hash)
-    with directory.lock():
+    with discarded_on_refusal(directory), directory.lock():
         try:
             written = write_streamed(directory.checkpoints, state, layout, tensors.pieces(), source.files)
         except OSError as error:
