@@ -17,7 +17,7 @@ from .overrides import override_notes, override_problems
 from .standalone import find_standalone_problems, standalone_settings
 from .support import find_idle, find_notes, find_problems, find_spec_problems
 from .translate import declared_settings, engine_settings, translate
-from .zero import stage_of
+from .zero import UNBUILT, pieces_of, stage_of
 
 if TYPE_CHECKING:
     from xtrain.checkpoints.foreign import ForeignState
@@ -60,8 +60,9 @@ class DeepSpeedBackend:
     def override_problems(self, spec: Spec, world: int) -> list[Problem]:
         return list(override_problems(spec, world, declared_settings(spec, world)))
 
-    def override_notes(self, spec: Spec) -> list[str]:
-        return list(override_notes(spec).values())
+    def translation_notes(self, spec: Spec) -> list[str]:
+        found = list(override_notes(spec).values())
+        return [*found, UNBUILT] if stage_of(spec) > 0 and pieces_of(spec) is None else found
 
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
         return standalone_settings(spec, world)

@@ -26,6 +26,10 @@ PERSISTENT = 100_000
 PARAMETER_BUFFERS = 4
 BLOCK = "zero_optimization"
 MODEL = ("model.hidden",)
+UNBUILT = (
+    "ZeRO's sizes follow from the model, which is known once it is built: a run adds them, and its "
+    "ds_config.json has them"
+)
 
 
 @dataclass(frozen=True)

@@ -122,3 +122,15 @@ def test_overrides_of_another_stage_are_left_out_and_said(spec: Path) -> None:
         "only at ZeRO stage 3: leave it out, or set memory.sharding: parameters\n"
     )
     assert "5" in translate(spec, "--set", other, "--set", "memory.sharding=parameters").stdout
+
+
+@pytest.mark.parametrize(("sharding", "said"), [("none", False), ("parameters", True)])
+def test_sizes_that_only_the_built_model_tells_are_said_to_come_with_a_run(
+    spec: Path, sharding: str, said: bool
+) -> None:
+    words = ["--set", "model={factory: stand:in}", "--set", "deepspeed={}"]
+    done = translate(spec, *words, "--set", f"memory.sharding={sharding}")
+    assert done.exit_code == 0
+    assert (
+        "note: ZeRO's sizes follow from the model, which is known once it is built" in done.stderr
+    ) is said

@@ -90,5 +90,5 @@ def as_table(settings: Sequence[Setting], spec: Spec) -> str:
 
 def notes(spec: Spec, name: str | None) -> list[str]:
     """What a person should know of the config that the backend `name` makes of `spec`, a sentence each."""
-    found = find_translator(name).override_notes(spec)
+    found = find_translator(name).translation_notes(spec)
     return [*found, FIRST_CHOICE] if spec.memory == "auto" else found

@@ -64,8 +64,8 @@ class Translator(Protocol):
         """What of the overrides in the spec is unknown, of a wrong kind, or contradicts the rest of it."""
         ...
 
-    def override_notes(self, spec: Spec) -> list[str]:
-        """Which of them do nothing here and are left out of the config, and why, a sentence each."""
+    def translation_notes(self, spec: Spec) -> list[str]:
+        """What a person should know of that config: overrides that it leaves out, and what a run adds."""
         ...
 
     def standalone(self, spec: Spec, world: int) -> list[Setting]:
