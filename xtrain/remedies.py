@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from xtrain.contract import Moment
 from xtrain.spec import dump_spec
 from xtrain.spec.keys import printed
-from xtrain.spec.tree import MemorySection, Spec
+from xtrain.spec.tree import Spec
 
 Helps = Callable[[Spec, str], bool]
 """Whether a changed spec can be run and the key that was changed has something to do."""
@@ -79,7 +79,7 @@ def _ladder(spec: Spec) -> Iterator[Remedy]:
 
 
 def _smaller_passes(spec: Spec) -> Iterator[Remedy]:
-    micro, memory = spec.micro_batch, _memory(spec)
+    micro, memory = spec.micro_batch, spec.techniques
     if smaller := max((part for part in range(1, micro) if micro % part == 0), default=0):
         eases = frozenset({"activations", "logits", "other"})
         change: dict[str, Any] = {"batch.micro": smaller}
@@ -93,14 +93,14 @@ def _smaller_passes(spec: Spec) -> Iterator[Remedy]:
 
 def _updating_at_once(spec: Spec) -> Iterator[Remedy]:
     """Only where nothing in the spec comes between backward and update: it says so itself otherwise."""
-    memory = _memory(spec)
+    memory = spec.techniques
     if not memory.optimizer_in_backward and not memory.offload.gradients.enabled:
         remark = "each weight as soon as its gradient is final, which is then let go of"
         yield Remedy([{"memory.optimizer_in_backward": True}], frozenset({"gradients"}), remark)
 
 
 def _recomputing(spec: Spec) -> Iterator[Remedy]:
-    chosen, eases = _memory(spec).checkpointing, frozenset({"activations"})
+    chosen, eases = spec.techniques.checkpointing, frozenset({"activations"})
     if not chosen.enabled:
         remark = "the same losses for about a third more time"
         yield Remedy([{"memory.checkpointing": "auto"}], eases, remark)
@@ -116,14 +116,14 @@ def _fewer_bits(spec: Spec) -> Iterator[Remedy]:
         return
     dtype = "fp16" if spec.precision.dtype == "fp16" else "bf16"
     eases = {"activations", "logits", "other"}
-    if _memory(spec).offload.optimizer.enabled:
+    if spec.techniques.offload.optimizer.enabled:
         eases |= {"parameters", "gradients"}  # without it, an fp32 master copy comes to the device for them
     remark = "halves most activations; the losses are those of this precision"
     yield Remedy([{"precision": {"dtype": dtype, "weights": dtype}}], frozenset(eases), remark)
 
 
 def _dividing_state(spec: Spec) -> Iterator[Remedy]:
-    sharding, remark = _memory(spec).sharding, "divided over the processes"
+    sharding, remark = spec.techniques.sharding, "divided over the processes"
     if sharding == "none":
         yield Remedy([{"memory.sharding": "optimizer"}], _updated(spec), remark)
     if sharding in ("none", "optimizer"):
@@ -132,7 +132,7 @@ def _dividing_state(spec: Spec) -> Iterator[Remedy]:
 
 
 def _offloading(spec: Spec) -> Iterator[Remedy]:
-    offload = _memory(spec).offload
+    offload = spec.techniques.offload
     if not offload.optimizer.enabled:
         key = "memory.offload.optimizer"
         forms = [{key: "cpu"}, {key: "cpu", "memory.sharding": "optimizer"}]
@@ -150,17 +150,13 @@ def _dividing_the_model(spec: Spec) -> Iterator[Remedy]:
     if devices and len(devices) > 1:
         if spec.manual and spec.manual.split != "auto":
             yield Remedy([{"manual.split": "auto"}], ALL, "each device takes as many blocks as fit")
-    elif _memory(spec).sharding != "parameters":
+    elif spec.techniques.sharding != "parameters":
         yield Remedy([{"memory.sharding": "parameters"}], ALL, "the model itself is divided")
 
 
 def _updated(spec: Spec) -> frozenset[str]:
     """What only the optimizer works on."""
     return frozenset({"optimizer"} if spec.precision.weights == "fp32" else {"optimizer", "master"})
-
-
-def _memory(spec: Spec) -> MemorySection:
-    return spec.memory if isinstance(spec.memory, MemorySection) else MemorySection()
 
 
 def _with(spec: Spec, change: Change) -> Spec | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtrain.errors import RequestError, XtrainError, described, is_about_memory
 from xtrain.models.hf_folder import CONFIG, folder_problems, has_weights, local_folder
-from xtrain.spec.tree import MemorySection, Spec
+from xtrain.spec.tree import Spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +143,7 @@ class HuggingFaceSource:
         from xtrain.models.anatomy import UnknownHead, find_head
 
         origin = f"model.hf {self.spec.model.hf}"
-        chunk = self.spec.memory.loss_chunk if isinstance(self.spec.memory, MemorySection) else "auto"
+        chunk = self.spec.techniques.loss_chunk
         try:
             head = find_head(model)
         except UnknownHead as unknown:
@@ -252,10 +252,10 @@ class HuggingFaceSource:
 
     def _note_whole_logits(self, why: str) -> None:
         """The loss of the model's own logits; refused where the spec asks for chunks of a certain size."""
-        memory = self.spec.memory
-        if isinstance(memory, MemorySection) and isinstance(memory.loss_chunk, int):
+        chunk = self.spec.techniques.loss_chunk
+        if isinstance(chunk, int):
             raise RequestError(
-                f"memory.loss_chunk: found {memory.loss_chunk}, but the loss of model.hf {self.path} "
+                f"memory.loss_chunk: found {chunk}, but the loss of model.hf {self.path} "
                 f"cannot be taken by chunks: {why}; use auto"
             )
         self.notes.append(f"model.hf: its logits are made as a whole, not by chunks: {why}")

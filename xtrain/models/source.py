@@ -20,13 +20,12 @@ from xtrain.errors import RequestError, XtrainError, described, is_about_memory
 from xtrain.models.hf import HuggingFaceSource
 from xtrain.models.init_from import PiecewiseStart, StoredStart
 from xtrain.models.presets import fitted_dimensions
-from xtrain.spec.tree import MemorySection, Spec
+from xtrain.spec.tree import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from xtrain.models.gpt2 import GPT2
-    from xtrain.models.loss_chunk import LossChunk
 
 
 class NotedSource(ModelSource, Protocol):
@@ -111,7 +110,7 @@ class PresetSource:
         )
         self.dropout = spec.model.dropout
         self.seed = spec.train.seed
-        self.loss_chunk = _loss_chunk(spec)
+        self.loss_chunk = spec.techniques.loss_chunk
 
     def build(self) -> nn.Module:
         from xtrain.models.init import initialise
@@ -243,7 +242,3 @@ def _find_factory(factory: str) -> Callable[..., Any]:
     if not callable(function):
         raise RequestError(f"model.factory {factory}: {module_name} has no function {attribute!r}")
     return function  # type: ignore[no-any-return]
-
-
-def _loss_chunk(spec: Spec) -> LossChunk:
-    return spec.memory.loss_chunk if isinstance(spec.memory, MemorySection) else "auto"

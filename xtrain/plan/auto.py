@@ -70,9 +70,8 @@ def _refused(spec: Spec, world: int, backend: Backend) -> bool:
 
 def _helps(lower: Spec, before: Spec, world: int, backend: object, device: str | None) -> bool:
     """False where the technique moves nothing: the host has nowhere to offload to."""
-    assert isinstance(lower.memory, MemorySection)
-    assert isinstance(before.memory, MemorySection)
-    if not isinstance(backend, Planned) or lower.memory.checkpointing != before.memory.checkpointing:
+    recomputed = lower.techniques.checkpointing != before.techniques.checkpointing
+    if not isinstance(backend, Planned) or recomputed:
         return True
     place = device or backend.place()
     return backend.layout(lower, world, place) != backend.layout(before, world, place)

@@ -110,8 +110,7 @@ def with_micro(spec: Spec, micro: int) -> Spec:
 
 def with_memory(spec: Spec, **changes: Any) -> Spec:
     """`spec` with keys of `memory` changed."""
-    memory = spec.memory if isinstance(spec.memory, MemorySection) else MemorySection()
-    changed = MemorySection.model_validate({**memory.model_dump(), **changes})
+    changed = MemorySection.model_validate({**spec.techniques.model_dump(), **changes})
     return spec.model_copy(update={"memory": changed})
 
 

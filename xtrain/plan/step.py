@@ -17,7 +17,7 @@ from xtrain.models.loss_chunk import chunk_tokens
 from xtrain.models.presets import Dimensions, dimensions
 from xtrain.plan import gpt2
 from xtrain.plan.model import FP32, ModelBytes
-from xtrain.spec.tree import AdamW, Checkpointing, MemorySection, Spec
+from xtrain.spec.tree import AdamW, Checkpointing, Spec
 from xtrain.techniques.checkpointing import groups
 
 
@@ -60,7 +60,7 @@ class Step:
     def __init__(self, spec: Spec, model: ModelBytes, accumulation: int) -> None:
         self.model = model
         self.widths = model.widths
-        self.section = spec.memory if isinstance(spec.memory, MemorySection) else MemorySection()
+        self.section = spec.techniques
         self.accumulation = accumulation
         adam = isinstance(spec.optimizer, AdamW)
         momentum = not isinstance(spec.optimizer, AdamW) and spec.optimizer.momentum > 0

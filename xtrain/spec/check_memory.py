@@ -8,19 +8,18 @@ from collections.abc import Iterator, Sequence
 from xtrain.contract import Problem
 from xtrain.models.presets import dimensions
 from xtrain.spec.keys import printed
-from xtrain.spec.tree import Checkpointing, MemorySection, Offload, Spec
+from xtrain.spec.tree import Checkpointing, Offload, Spec
 
 SHARES_TOLERANCE = 1e-3
 
 
 def memory_problems(spec: Spec) -> Iterator[Problem]:
     """What the techniques of `memory` ask of each other; `memory: auto` asks nothing."""
-    if not isinstance(spec.memory, MemorySection):
-        return
-    yield from _checkpointing(spec.memory.checkpointing)
-    yield from _drives(spec.memory.offload)
-    if spec.memory.offload.parameters.enabled and spec.memory.sharding != "parameters":
-        found = f"{spec.memory.offload.parameters.device} with sharding {spec.memory.sharding}"
+    asked = spec.techniques
+    yield from _checkpointing(asked.checkpointing)
+    yield from _drives(asked.offload)
+    if asked.offload.parameters.enabled and asked.sharding != "parameters":
+        found = f"{asked.offload.parameters.device} with sharding {asked.sharding}"
         expected = "expected memory.sharding parameters: whole parameters cannot leave the device"
         yield Problem("memory.offload.parameters", found, expected, "set memory.sharding: parameters")
 
@@ -40,9 +39,9 @@ def _checkpointing(chosen: Checkpointing) -> Iterator[Problem]:
 
 def group_problems(spec: Spec) -> Iterator[Problem]:
     """Groups of recomputed blocks against the layers of a preset."""
-    if spec.model.preset is None or not isinstance(spec.memory, MemorySection):
+    if spec.model.preset is None:
         return
-    layers, chosen = dimensions(spec).layers, spec.memory.checkpointing
+    layers, chosen = dimensions(spec).layers, spec.techniques.checkpointing
     for key, value in (("every", chosen.every), ("number", chosen.number)):
         if value is not None and value > layers:
             expected = f"expected at most the {layers} layers of the model"
@@ -50,9 +49,7 @@ def group_problems(spec: Spec) -> Iterator[Problem]:
 
 
 def loss_problems(spec: Spec) -> Iterator[Problem]:
-    if not isinstance(spec.memory, MemorySection):
-        return
-    chunk = spec.memory.loss_chunk
+    chunk = spec.techniques.loss_chunk
     if spec.model.factory is not None and isinstance(chunk, int):
         expected = "expected only with model.preset or model.hf: this model makes its logits as a whole"
         yield Problem("memory.loss_chunk", str(chunk), expected, "leave it out")
@@ -60,9 +57,9 @@ def loss_problems(spec: Spec) -> Iterator[Problem]:
 
 def update_problems(spec: Spec) -> Iterator[Problem]:
     """What `memory.optimizer_in_backward` cannot be together with: what comes between backward and update."""
-    if spec.memory == "auto" or not spec.memory.optimizer_in_backward:
+    if not spec.techniques.optimizer_in_backward:
         return
-    for expected, nearest in _before_an_update(spec, spec.memory.offload):
+    for expected, nearest in _before_an_update(spec, spec.techniques.offload):
         yield Problem("memory.optimizer_in_backward", "true", expected, nearest)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recomputes(spec: Spec) -> bool:
-    return spec.memory != "auto" and spec.memory.checkpointing.enabled
+    return spec.techniques.checkpointing.enabled
 
 
 def checkpoint_activations(model: nn.Module, spec: Spec) -> None:
@@ -27,9 +27,9 @@ def checkpoint_activations(model: nn.Module, spec: Spec) -> None:
     from xtrain.techniques.products import keep_products
     from xtrain.techniques.recompute import RecomputeGroup, keep_all
 
-    if spec.memory == "auto" or not recomputes(spec):
+    if not recomputes(spec):
         return
-    chosen = spec.memory.checkpointing
+    chosen = spec.techniques.checkpointing
     blocks = find_blocks(model, spec.model.blocks)
     contexts = keep_products if chosen.selective is not None and chosen.selective.ops else keep_all
     for group in groups(chosen, len(blocks)):

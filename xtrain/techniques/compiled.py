@@ -41,7 +41,7 @@ def compile_problems(spec: Spec) -> Iterator[Problem]:
     """What keeps `spec` from being compiled here, on whatever backend."""
     if not spec.train.compile:
         return
-    if spec.memory != "auto" and (chosen := spec.memory.checkpointing.selective) is not None and chosen.ops:
+    if (chosen := spec.techniques.checkpointing.selective) is not None and chosen.ops:
         expected = "expected false with memory.checkpointing ops: cheap, which looks at single operations"
         yield Problem(KEY, "true", expected, "use memory.checkpointing: {every: 1}, or compile: false")
     if missing := missing_tools():
