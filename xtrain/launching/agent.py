@@ -36,8 +36,8 @@ DEFAULTS = "PET_"
 """torchrun takes defaults for its options from variables that begin so: another job's, here."""
 GRACE_SECONDS = 5.0
 """Left to the others once a worker has failed: enough to write down how far they came."""
-WAKE_SECONDS = 3.0
-"""More than a watchdog takes to look."""
+WAKE_SECONDS = 10.0
+"""At most, until the watchdog of a process that was stopped has looked, told, and ended it."""
 LOOK_SECONDS = 0.1
 CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How torchrun ends the others, and how libraries end a process whose peer is gone."""
@@ -247,8 +247,9 @@ def _wake(processes: Iterable[int]) -> None:
             if psutil.Process(process).status() == psutil.STATUS_STOPPED:
                 stopped.append(process)
                 os.kill(process, signal.SIGCONT)
-    if stopped:
-        time.sleep(WAKE_SECONDS)
+    over = time.monotonic() + WAKE_SECONDS
+    while any(is_alive(process) for process in stopped) and time.monotonic() < over:
+        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":
