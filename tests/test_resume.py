@@ -162,15 +162,17 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path, record_property:
     record_property("resumes", 1)
 
 
+@pytest.mark.parametrize("wanted", [12, 10])
 def test_a_finished_run_without_more_steps_stays_as_it_is_and_says_so(
-    tmp_path: Path, record_property: Property
+    tmp_path: Path, wanted: int, record_property: Property
 ) -> None:
     out = tmp_path / "out"
     run(tmp_path, "--out", out)
     before = (out / "metrics.jsonl").read_bytes(), checkpoints(out)
-    result = run(tmp_path, "--resume", out)
+    result = run(tmp_path, "--resume", out, train__steps=wanted)
     assert result.exit_code == 0
-    assert "nothing to do up to step 12; set train.steps to go further" in result.stderr
+    assert f"nothing to do up to step {wanted}; set train.steps to go further" in result.stderr
+    assert "go on with" not in result.stderr
     assert ((out / "metrics.jsonl").read_bytes(), checkpoints(out)) == before
     assert load_record(out).status == "done"
     record_property("resumes", 1)

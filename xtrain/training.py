@@ -162,7 +162,7 @@ class Run:
             return Outcome("failed", f"{type(error).__name__}: {error}", error)
         if done < self.last_step:
             return Outcome("interrupted")
-        return Outcome("done" if done == self.facts.resolved.spec.train.steps else "stopped")
+        return Outcome("done" if done >= self.facts.resolved.spec.train.steps else "stopped")
 
     def _begin_again(self, fitted: Fitted, full: OutOfMemory, loop: Loop) -> None:
         """One rung down; among several processes, the others wait for this one: the launcher begins again."""

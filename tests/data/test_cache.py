@@ -59,6 +59,12 @@ def test_no_tokens_can_be_stored_too(cache_folder: Path) -> None:
         assert len(TokenCache(cache_folder).tokens("k", 257, pieces).tokens) == 0
 
 
+def test_a_lock_that_cannot_be_opened_is_done_without(cache_folder: Path) -> None:
+    """As another user's cannot, in a folder that several share."""
+    (cache_folder / "k.lock").mkdir(parents=True)
+    assert TokenCache(cache_folder).tokens("k", 257, pieces_of([1, 2])).tokens.tolist() == [1, 2]
+
+
 def cut(entry: Path) -> None:
     os.truncate(entry / "tokens.bin", 2)  # one whole token of two
 

@@ -22,10 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,15 +136,18 @@ class TokenCache:
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         """One builder per key at a time. Without file locks two build the same; the later one stays."""
-        with (self.folder / f"{key}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._say("waiting for another process that prepares the same tokens")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
+        with ExitStack() as held:
+            with suppress(OSError):  # a file system without locks, or another user's lock
+                lock = held.enter_context((self.folder / f"{key}.lock").open("w"))
+                self._wait_for(lock)
             yield
+
+    def _wait_for(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._say("waiting for another process that prepares the same tokens")
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     def _sweep(self) -> None:
         """Remove what dead builders left: those whose lock can be had."""

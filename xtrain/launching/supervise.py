@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -87,10 +88,10 @@ def end_with_input() -> None:
     threading.Thread(target=wait_for_the_end, name="leash", daemon=True).start()
 
 
-def children(process: int) -> list[int]:
-    """Ids of the direct children; none of a process that has ended."""
+def children(process: int, *, all_below: bool = False) -> list[int]:
+    """Ids of the direct children, or of all that descend from it; none of a process that has ended."""
     try:
-        return [child.pid for child in psutil.Process(process).children()]
+        return [child.pid for child in psutil.Process(process).children(recursive=all_below)]
     except psutil.NoSuchProcess:
         return []
 
@@ -104,10 +105,12 @@ def is_alive(process: int) -> bool:
 
 
 def kill_groups(leaders: Iterable[int]) -> None:
-    """SIGKILL to processes and to all that they started, as far as they are still there."""
+    """SIGKILL to processes and to all that they started, as far as they are still there.
+
+    Also to what has a group of its own, such as the compilers that ninja starts.
+    """
     for leader in leaders:
-        for kill in (os.killpg, os.kill):  # the second for one that does not lead its group yet
-            try:
-                kill(leader, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+        for process in (leader, *children(leader, all_below=True)):
+            for kill in (os.killpg, os.kill):  # the second for one that does not lead its group yet
+                with suppress(ProcessLookupError, PermissionError):
+                    kill(process, signal.SIGKILL)

@@ -1,0 +1,36 @@
+"""What is ended ends with all that it started."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.started import running
+from xtrain.launching.supervise import kill_groups
+
+STARTS_ONE_IN_A_GROUP_OF_ITS_OWN = """\
+import subprocess
+process = subprocess.Popen(["sleep", "60"], process_group=0)
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_compiler_that_ninja_gave_a_group_of_its_own_ends_with_the_worker() -> None:
+    command = [sys.executable, "-S", "-c", STARTS_ONE_IN_A_GROUP_OF_ITS_OWN]
+    with running(command, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout
+        compiler = psutil.Process(int(worker.stdout.readline()))
+        try:
+            kill_groups([worker.pid])
+            assert worker.wait() == -signal.SIGKILL
+            gone, _ = psutil.wait_procs([compiler], timeout=10)
+            assert gone == [compiler]
+        finally:
+            if compiler.is_running():
+                compiler.kill()
