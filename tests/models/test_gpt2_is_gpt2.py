@@ -9,35 +9,11 @@ import pytest
 import torch
 
 from xtrain.models.gpt2 import GPT2
+from xtrain.models.gpt2_folder import WRAPPER, library_name
 from xtrain.models.init import initialise
 from xtrain.models.presets import Dimensions
 
 SIZE = Dimensions(layers=3, hidden=48, heads=4, positions=64, vocab_size=101)
-
-STEM_AND_HEAD = {
-    "stem.token_embedding.weight": "transformer.wte.weight",
-    "stem.position_embedding.weight": "transformer.wpe.weight",
-    "head.norm": "transformer.ln_f",
-}
-IN_A_BLOCK = {
-    "attention_norm": "ln_1",
-    "attention.query_key_value": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "feed_forward_norm": "ln_2",
-    "feed_forward.expansion": "mlp.c_fc",
-    "feed_forward.projection": "mlp.c_proj",
-}
-"""Our names and the library's."""
-
-
-def library_name(name: str) -> str:
-    if name in STEM_AND_HEAD:
-        return STEM_AND_HEAD[name]
-    module, _, kind = name.rpartition(".")
-    if module in STEM_AND_HEAD:
-        return f"{STEM_AND_HEAD[module]}.{kind}"
-    _, layer, inner = module.split(".", 2)
-    return f"transformer.h.{layer}.{IN_A_BLOCK[inner]}.{kind}"
 
 
 def library_model(ours: GPT2) -> Any:
@@ -56,9 +32,9 @@ def library_model(ours: GPT2) -> Any:
     missing = {name for name, _ in model.named_parameters()}
     with torch.no_grad():
         for name, weight in ours.named_parameters():
-            linear = name.endswith(("query_key_value.weight", "projection.weight", "expansion.weight"))
-            model.get_parameter(library_name(name)).copy_(weight.t() if linear else weight)
-            missing.remove(library_name(name))
+            key, transposed = library_name(name)
+            model.get_parameter(f"{WRAPPER}{key}").copy_(weight.t() if transposed else weight)
+            missing.remove(f"{WRAPPER}{key}")
     assert not missing
     return model
 
