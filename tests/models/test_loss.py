@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from xtrain.contract import IGNORED_TARGET
-from xtrain.models.loss import projected_cross_entropy_sum
+from xtrain.models.loss import PLAIN, loss_and_gradient, projected_cross_entropy_sum
 from xtrain.models.loss_chunk import LossChunk
 
 TOKENS, WIDTH, VOCABULARY = (4, 32), 16, 50
@@ -52,6 +55,25 @@ def test_under_autocast_the_loss_is_the_plain_one_and_gradients_agree_to_bf16_ro
 
 def test_a_wrong_upstream_gradient_would_be_seen() -> None:
     assert relative(loss_and_gradients("auto", upstream=2.0)[1], loss_and_gradients("none")[1]) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiler_sees_gives_the_same_numbers_and_leaves_it_one_loop(dtype: torch.dtype) -> None:
+    seen: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    product = torch.randn(32, VOCABULARY, generator=torch.Generator().manual_seed(0)).to(dtype)
+    targets = torch.arange(32).masked_fill(torch.arange(32) < 5, IGNORED_TARGET)
+    compiled = torch.compile(loss_and_gradient, backend=compiler)(PLAIN, product.clone(), None, targets)
+    for value, expected in zip(
+        compiled[:2], loss_and_gradient(PLAIN, product, None, targets)[:2], strict=True
+    ):
+        assert torch.equal(value, expected)
+    assert "sub_" in seen
+    assert not [name for name in seen if "scatter" in name]  # it would split the loop over the gradient
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
