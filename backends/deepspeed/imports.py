@@ -12,6 +12,7 @@ from xtrain.spec.fits import fits
 from xtrain.spec.keys import covering
 from xtrain.spec.problems import shown
 from xtrain.spec.schema import describe
+from xtrain.spec.tree import STAGES
 
 from .auto import SPEC_KEYS, added_by_trainer, contradictions, resolve_auto
 from .import_batch import import_batch
@@ -21,7 +22,6 @@ from .known_keys import KNOWN
 from .leaves import Leaves
 from .overrides import OWNERS, is_section, leaves, nearest
 from .translate import NEVER
-from .zero import STAGES
 
 OFFLOADS = {"offload_optimizer": ("optimizer", 1), "offload_param": ("parameters", 3)}
 """What the spec calls it, and the ZeRO stage from which on DeepSpeed does it."""
@@ -109,7 +109,7 @@ def _zero(found: Leaves) -> Tree:
             "memory.sharding", f"zero_optimization: {str(old).lower()} is the old form of stage {int(old)}"
         )
     stage = found.take(f"{block}.stage", int(old) if isinstance(old, bool) else 0)
-    tree: Tree = {"memory.sharding": next(name for name, one in STAGES.items() if one == stage)}
+    tree: Tree = {"memory.sharding": STAGES[stage]}
     _renew(found, block)
     for name, (ours, least) in OFFLOADS.items():
         device = found.get(f"{block}.{name}.device", None) or "none"

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 from xtrain.contract import JSON
 from xtrain.exchange.translation import Setting
 from xtrain.models.presets import dimensions
+from xtrain.spec.tree import STAGES
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import OffloadTarget, Spec
 
-STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}
-"""ZeRO stage by `memory.sharding`."""
 SMALLEST_BUCKET = 2**22
 """Elements; below it a collective costs its latency, whatever its size."""
 PERSISTENT = 100_000
@@ -69,7 +68,7 @@ def stage_of(spec: Spec) -> int:
     DeepSpeed 0.19.8 trains wrongly at stage 0 with its bf16 and fp16 blocks (the first update is
     that of Adam's second step).
     """
-    stage = STAGES[spec.techniques.sharding]
+    stage = STAGES.index(spec.techniques.sharding)
     return max(stage, 1) if spec.precision.weights != "fp32" else stage
 
 
@@ -92,7 +91,7 @@ def zero_settings(spec: Spec, world: int) -> Iterator[Setting]:
 
 def is_raised(spec: Spec) -> bool:
     """Whether the stage is higher than the spec says."""
-    return spec.memory != "auto" and stage_of(spec) != STAGES[spec.memory.sharding]
+    return spec.memory != "auto" and stage_of(spec) != STAGES.index(spec.memory.sharding)
 
 
 def bucket_numbers(block: int) -> int:

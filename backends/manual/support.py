@@ -95,7 +95,7 @@ def _offload(spec: Spec) -> Iterator[Problem]:
             "memory.offload.parameters",
             offload.parameters.device,
             "this backend computes a layer where its weights are: it does not carry them to and fro",
-            "use memory.sharding: parameters instead, which puts layers that do not fit on the CPU",
+            "leave it out: memory.sharding: parameters alone puts layers that do not fit on the CPU",
         )
 
 

@@ -171,6 +171,14 @@ def test_layers_over_two_devices_have_something_to_do() -> None:
     assert (list(resolved.notes), list(resolved.idle)) == ([], [])
 
 
+@pytest.mark.parametrize("sharding", ["none", "parameters"])
+def test_weights_that_should_travel_are_refused_with_advice_that_works(sharding: str) -> None:
+    asked = spec(memory={"sharding": sharding, "offload": {"parameters": "cpu"}})
+    (problem,) = registry.load("cpu").problems(asked, 1)
+    assert problem.nearest.startswith("leave it out: memory.sharding: parameters alone puts layers")
+    assert not registry.load("cpu").problems(spec(memory={"sharding": "parameters"}), 1)
+
+
 def test_a_weight_of_two_blocks_that_are_apart_is_refused() -> None:
     model = SharedLayer()
     with pytest.raises(RequestError, match=r"block 3 on meta, but it shares a parameter with .* on cpu"):

@@ -51,8 +51,15 @@ BAD: list[tuple[str | bytes, str]] = [
     (b"\xff\xfe", "is not UTF-8"),
     ('{"a": 1, "a": 2}', "the key 'a' is given twice; keep one"),
     ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' is given twice"),
-    ('{"train_batch_size": NaN}', "found NaN, expected a finite number"),
-    ('{"train_batch_size": 1e999}', "expected a finite number"),
+    (
+        '{"train_batch_size": NaN}',
+        "config.json has 1 problem\n  train_batch_size: found NaN, expected a finite",
+    ),
+    ('{"train_batch_size": 1e999}', "train_batch_size: found Infinity, expected a finite number"),
+    (
+        f'{{{BATCH}, "optimizer": {{"params": {{"betas": [0.9, -1e999]}}}}}}',
+        "optimizer.params.betas.1: found -Infinity, expected a finite number",
+    ),
     ('{"train_batch_size": ' + "9" * 5000 + "}", "config.json: "),
     ("[" * 100_000, "nested"),
     ('{"a":' * 50 + "1" + "}" * 50, "nested more than 20 deep"),

@@ -124,6 +124,7 @@ BROKEN_KEYS = [
     ),
 ]
 
+SHARDINGS = "expected none, optimizer, gradients or parameters; did you mean "
 # (line 6 of the spec, the lines below the head)
 BROKEN_SECTIONS = [
     ("train: {steps: 4}", ["6:1: train: given twice, in lines 4 and 6; keep one"]),
@@ -160,10 +161,12 @@ BROKEN_SECTIONS = [
     (
         "memory: {sharding: ~}",
         [
-            "6:20: memory.sharding: found null, expected none, optimizer, gradients or parameters; "
-            "did you mean 'none'?"
+            f"6:20: memory.sharding: found null, {SHARDINGS}'none'?",
         ],
     ),
+    ("memory: {sharding: zero2}", [f"6:20: memory.sharding: found 'zero2', {SHARDINGS}'gradients'?"]),
+    ("memory: {sharding: ZeRO-3}", [f"6:20: memory.sharding: found 'ZeRO-3', {SHARDINGS}'parameters'?"]),
+    ("memory: {sharding: 1}", [f"6:20: memory.sharding: found 1, {SHARDINGS}'optimizer'?"]),
     (
         "memory: {chekpointing: none, offload: {optimizer: disk}}",
         [

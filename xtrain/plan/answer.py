@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xtrain.contract import JSON, MEMORY_CATEGORIES
-from xtrain.plan.ladder import STAGES, Rung, Subject, ladder, largest_micro, possible, stages
+from xtrain.plan.ladder import Rung, Subject, ladder, largest_micro, possible, stages
+from xtrain.spec.tree import STAGES
 
 NO_SLACK = (
     "what an allocator reserves beyond its live tensors depends on the order and sizes of everything that is "

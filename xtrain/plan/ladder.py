@@ -12,10 +12,8 @@ from xtrain.plan.models import Sized
 from xtrain.plan.step import Step
 from xtrain.spec.check_memory import update_problems
 from xtrain.spec.nearest import divisors
-from xtrain.spec.tree import Manual, MemorySection, Precision, Spec
+from xtrain.spec.tree import STAGES, Manual, MemorySection, Precision, Spec
 
-STAGES = ("none", "optimizer", "gradients", "parameters")
-"""Of memory.sharding, each including those before it."""
 STATE_ON_HOST = {"optimizer": "cpu", "gradients": "cpu"}
 USABLE = 0.9
 """Share of what a device has that a plan may fill: the rest is slack, workspace and the runtime."""

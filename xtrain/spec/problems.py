@@ -13,7 +13,7 @@ from xtrain.contract import JSON, Problem
 from xtrain.spec.reader import as_scalar
 from xtrain.spec.schema import Schema, all_keys, alternatives, at, choices, describe, join_or, section_name
 from xtrain.spec.schema import sections as sections_of
-from xtrain.spec.tree import LARGEST, Spec
+from xtrain.spec.tree import LARGEST, STAGES, Spec
 
 Path: TypeAlias = tuple[str, ...]
 
@@ -45,6 +45,14 @@ OTHER_NAMES = {
     "nproc": "launch.processes",
 }
 """What the field calls things."""
+OTHER_WORDS = {
+    "memory.sharding": {
+        f"{before}{stage}": word
+        for stage, word in enumerate(STAGES)
+        for before in ("", "zero", "zero-", "zero_", "stage", "stage-", "stage_")
+    }
+}
+"""And what it calls the values of a key."""
 DERIVED = {"accumulation", "accumulate", "gradient_accumulation", "gradient_accumulation_steps", "grad_accum"}
 MEANS_TRUE, MEANS_FALSE = {"yes", "on", "y"}, {"no", "off", "n"}
 SHOWN_CHARACTERS = 60
@@ -119,7 +127,9 @@ def _problem(path: Path, kind: str, data: JSON) -> Problem:
     value = _value_at(path, data)
     words = _names(path, data) if kind == "union_tag_invalid" else []
     expected = join_or(words) if words else describe(schema)
-    return Problem(key, shown(value), f"expected {expected}", _nearest_value(value, schema, words))
+    known = OTHER_WORDS.get(key, {}).get(str(value).lower())
+    nearest = f"did you mean {known!r}?" if known else _nearest_value(value, schema, words)
+    return Problem(key, shown(value), f"expected {expected}", nearest)
 
 
 def _names(path: Path, data: JSON) -> list[str]:

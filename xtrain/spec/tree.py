@@ -24,6 +24,10 @@ Flag: TypeAlias = Annotated[bool, Field(strict=True)]
 PRESETS = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PresetName: TypeAlias = Literal["gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
+STAGES = ("none", "optimizer", "gradients", "parameters")
+"""Of memory.sharding, each including those before it: ZeRO 0 to 3."""
+Sharding: TypeAlias = Literal["none", "optimizer", "gradients", "parameters"]
+
 
 def words(*short_forms: str) -> Callable[[dict[str, Any]], None]:
     """Adds to a JSON Schema the words that may stand for the whole section."""
@@ -257,9 +261,7 @@ class MemorySection(Section):
     checkpointing: Checkpointing = Field(
         Checkpointing(), description="recompute activations in the backward pass"
     )
-    sharding: Literal["none", "optimizer", "gradients", "parameters"] = Field(
-        "none", description="ZeRO-1, 2, 3; each includes the one before"
-    )
+    sharding: Sharding = Field("none", description="ZeRO-1, 2, 3; each includes the one before")
     offload: Offload = Field(Offload(), description="what lives outside the device")
     optimizer_in_backward: Flag = Field(
         False, description="update each weight in the backward pass, as soon as its gradient is final"
