@@ -44,6 +44,10 @@ def load(file: Path) -> Any:
     """The content, its tensors mapped from the disk; RequestError says what is wrong with it."""
     import torch
 
+    if not file.is_file():  # a pipe would be waited for without end
+        raise RequestError(
+            f"{file}: found a folder, a pipe or a broken link, expected a file of torch.save's"
+        )
     allowed: list[Any] = [(stand_in, name) for name, stand_in in ALLOWED.items()]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -305,3 +305,30 @@ def test_checkpointing_of_the_arguments_stays_beside_a_ds_config(tmp_path: Path)
     memory = spec_of(found).memory
     assert memory != "auto"
     assert memory.checkpointing == Checkpointing(every=1)
+
+
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50}
+
+
+def test_the_best_by_its_loss_is_kept(tmp_path: Path) -> None:
+    named = {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    for arguments in (BEST, {**BEST, **named}):
+        found = import_of(tmp_path, {**ARGUMENTS, **arguments})
+        assert spec_of(found).checkpoint.best
+        assert "a run ends with its last weights" in found.chosen["checkpoint.best"]
+        assert list(found.left_out) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"metric_for_best_model": "eval_accuracy"}, "by the greatest 'eval_accuracy'"),
+        ({"greater_is_better": True}, "by the greatest 'loss'"),
+        ({"metric_for_best_model": "their_loss"}, "by the least 'their_loss'"),
+        ({"eval_strategy": "epoch"}, "the spec that was written evaluates nothing"),
+    ],
+)
+def test_a_best_that_is_not_ours_is_told(other: dict[str, Any], why: str, tmp_path: Path) -> None:
+    found = import_of(tmp_path, {**ARGUMENTS, **BEST, **other})
+    assert not spec_of(found).checkpoint.best
+    assert any(line.startswith(f"load_best_model_at_end: {why}") for line in found.left_out)

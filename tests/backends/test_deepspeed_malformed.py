@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,18 @@ def test_a_latest_that_names_no_folder_beside_it_is_refused(tag: str, tmp_path: 
     (tmp_path / "latest").write_text(tag)
     with pytest.raises(RequestError, match=rf"latest names '{re.escape(tag)}'; expected a folder beside it"):
         open_state(tmp_path, "deepspeed")
+
+
+def test_a_pipe_under_the_name_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR)  # so that a reader would not wait for somebody who writes
+    os.write(held, b"PK")
+    try:
+        with pytest.raises(RequestError, match=f"{pipe.name}: found a folder, a pipe or"):
+            open_state(tmp_path, "deepspeed")
+    finally:
+        os.close(held)
 
 
 def test_what_is_as_deepspeed_writes_it_is_read(fake: Fake) -> None:

@@ -60,6 +60,9 @@ KINDS: dict[str, Schema] = {
     "eval_strategy": TEXT,
     "evaluation_strategy": TEXT,
     "eval_steps": {"anyOf": [NUMBER, {"type": "null"}]},
+    "load_best_model_at_end": FLAG,
+    "metric_for_best_model": OPTIONAL_TEXT,
+    "greater_is_better": {"anyOf": [FLAG, {"type": "null"}]},
     "report_to": {"anyOf": [TEXT, {"type": "array", "items": TEXT}, {"type": "null"}]},
     "deepspeed": {"anyOf": [{"type": "object"}, OPTIONAL_TEXT]},
 }
@@ -99,6 +102,7 @@ def import_arguments(arguments: Mapping[str, Any], world: int) -> Imported:
     steps = tree["train"]["steps"]
     placed(tree, {"schedule": _schedule(given, steps, left_out)})
     placed(tree, _surroundings(given, steps, left_out))
+    placed(tree, _best(given, "eval_every" in tree["train"], chosen, left_out))
     others = sorted(key for key in set(given) - set(KINDS) if given[key] not in NOTHING)
     if others:
         left_out.append(f"without a counterpart in the spec: {', '.join(others)}")
@@ -225,6 +229,25 @@ def _surroundings(given: Mapping[str, Any], steps: int, left_out: list[str]) -> 
 
 
 TRACKERS = ("tensorboard", "wandb")
+
+
+def _best(given: Mapping[str, Any], evaluates: bool, chosen: dict[str, str], left_out: list[str]) -> Tree:
+    """The best checkpoint is kept, where it is told by the same number as here."""
+    key = "load_best_model_at_end"
+    if not given.get(key):
+        return {}
+    metric = given.get("metric_for_best_model", "loss")
+    if metric not in ("loss", "eval_loss") or given.get("greater_is_better"):
+        better = "greatest" if given.get("greater_is_better", not metric.endswith("loss")) else "least"
+        left_out.append(
+            f"{key}: by the {better} {shown(metric)}: here the best is that of the least eval_loss"
+        )
+        return {}
+    if not evaluates:
+        left_out.append(f"{key}: the spec that was written evaluates nothing; see train.eval_every")
+        return {}
+    chosen["checkpoint.best"] = f"{key}: the best is kept; a run ends with its last weights all the same"
+    return {"checkpoint.best": True}
 
 
 def warmup_steps(given: Mapping[str, Any], steps: int) -> int:
