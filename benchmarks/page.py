@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 
 def command_of(program: str) -> str:
     """The command that runs now, without the folder it writes to, which is nobody else's."""
-    words = sys.argv[1:]
-    if "--out" in words:
-        place = words.index("--out")
-        words = [*words[:place], *words[place + 2 :]]
-    return " ".join(["python -m", f"benchmarks.{program}", *words])
+    words = zip(sys.argv, sys.argv[1:], strict=False)
+    kept = [word for before, word in words if before != "--out" and not re.match("--out(=|$)", word)]
+    return " ".join(["python -m", f"benchmarks.{program}", *kept])
 
 
 def head(title: str, method: str, report: Mapping[str, Any]) -> list[str]:

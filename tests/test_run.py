@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from xtrain import registry
 from xtrain.cli import main
-from xtrain.data import Dataset, open_data
-from xtrain.spec import Spec
 
 SPEC = """\
 model: {preset: gpt2-nano}
@@ -95,15 +95,17 @@ def test_backend_that_was_chosen_refuses_with_the_place_in_the_file(monkeypatch:
     ]
 
 
-def test_the_spec_that_is_kept_is_the_one_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever edits the file for the next run while data are prepared does not change this one's."""
+@pytest.mark.parametrize("moment", ["xtrain.spec.load.check_spec", "xtrain.work.open_data"])
+def test_the_spec_that_is_kept_is_the_one_that_was_read(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever edits the file meanwhile, for the next run, does not change this one's."""
     Path("spec.yaml").write_text(SPEC)
+    as_it_was = pkgutil.resolve_name(moment)
 
-    def edited_meanwhile(spec: Spec, *, show_progress: bool) -> Dataset:
+    def edited_meanwhile(*given: Any, **named: Any) -> Any:
         Path("spec.yaml").write_text("another")
-        return open_data(spec, show_progress=show_progress)
+        return as_it_was(*given, **named)
 
-    monkeypatch.setattr("xtrain.work.open_data", edited_meanwhile)
+    monkeypatch.setattr(moment, edited_meanwhile)
     done = CliRunner().invoke(main, ["run", "spec.yaml", "--backend", "null", "--out", "out"])
-    assert done.exit_code == 0
+    assert done.exit_code == 0, done.output
     assert Path("out/spec.yaml").read_text() == SPEC

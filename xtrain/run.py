@@ -30,7 +30,7 @@ from xtrain.records.rundir import RunDirectory
 from xtrain.records.trackers import require_installed
 from xtrain.request import Request
 from xtrain.signals import Interrupted, StopRequest
-from xtrain.spec import load_spec, locate
+from xtrain.spec import load_spec, locate, spec_text
 from xtrain.spec.tree import Spec
 from xtrain.work import work
 
@@ -46,8 +46,9 @@ def run(request: Request) -> int:
                 processes = _processes(request, job)
                 named = None if request.backend == AUTO else registry.load(request.backend)
                 resumes = request.resume is not None
-                spec = load_spec(request.spec_path, request.overrides, processes, named, resumes=resumes)
-                request = replace(request, spec_text=request.spec_path.read_text("utf-8"))
+                path, text = request.spec_path, spec_text(request.spec_path)
+                request = replace(request, spec_text=text)
+                spec = load_spec(path, request.overrides, processes, named, resumes=resumes, text=text)
                 require_installed(spec.log.trackers)
                 _require_named_world(request, spec, job)
                 world = processes or spec.launch.processes
@@ -90,7 +91,7 @@ def _choose(request: Request, spec: Spec, world: int) -> Choice:
         return choose(request.backend, spec, world, str(request.spec_path))
     except SpecError as error:
         elsewhere = None if world == spec.launch.processes else world
-        located = locate(error.problems, request.spec_path, request.overrides, elsewhere)
+        located = locate(error.problems, request.spec_path, request.overrides, elsewhere, request.spec_text)
         raise SpecError(error.source, located) from None
 
 

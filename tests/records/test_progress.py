@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import termios
 from contextlib import closing
 
 import pytest
@@ -77,10 +78,13 @@ def test_it_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err.startswith("step 1/1")
 
 
-def test_a_terminal_that_does_not_know_its_width_shows_the_bar_too() -> None:
+@pytest.mark.parametrize("columns", [0, 24, 300])
+def test_a_terminal_of_any_width_shows_the_loss(columns: int) -> None:
+    """0: it does not know its width."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
     with os.fdopen(theirs, "w") as terminal:
-        assert os.get_terminal_size(theirs).columns == 0
+        assert os.get_terminal_size(theirs).columns == columns
         with closing(Progress(20, 0, 10, terminal)) as progress:
             for record in steps(1, 20):
                 progress.update(record)
@@ -88,3 +92,4 @@ def test_a_terminal_that_does_not_know_its_width_shows_the_bar_too() -> None:
         seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "loss 2.5000" in seen
+    assert max(map(len, re.split(r"[\r\n]", seen))) <= min(columns or 80, 100)

@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from xtrain.records.metrics import StepRecord
 
-_BAR = "{n_fmt}/{total_fmt} |{bar:20}| {desc}, {remaining} left"
+_BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left"
 
 _BAR_SECONDS = 0.5
 """A bar says something new at least this often, however long `every` steps take."""
 
 
 _USUAL_COLUMNS = 80
+_WIDEST_COLUMNS = 100
 
 
 @dataclass
@@ -100,8 +101,7 @@ class Progress:
 
 
 def _columns(terminal: TextIO) -> int | None:
-    """For a terminal that does not know its width (of a container, say), where tqdm would show nothing."""
+    """Of the line, whose bar has what the words leave; a terminal may not know its width (of a container)."""
     with suppress(OSError):
-        if os.get_terminal_size(terminal.fileno()).columns == 0:
-            return _USUAL_COLUMNS
+        return min(os.get_terminal_size(terminal.fileno()).columns or _USUAL_COLUMNS, _WIDEST_COLUMNS)
     return None

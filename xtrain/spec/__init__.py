@@ -6,10 +6,10 @@ import json
 
 from pydantic import JsonValue
 
-from xtrain.spec.load import load_spec, locate
+from xtrain.spec.load import load_spec, locate, spec_text
 from xtrain.spec.tree import Spec
 
-__all__ = ["Spec", "dump_spec", "load_spec", "locate"]
+__all__ = ["Spec", "dump_spec", "load_spec", "locate", "spec_text"]
 
 
 def dump_spec(spec: Spec) -> dict[str, JsonValue]:

@@ -15,7 +15,7 @@ from xtrain.spec.check import check_spec
 from xtrain.spec.keys import covering
 from xtrain.spec.overrides import Overrides
 from xtrain.spec.problems import find_faults, translate
-from xtrain.spec.reader import Document, Unreadable, read_file
+from xtrain.spec.reader import Document, Unreadable, read_document, read_text
 from xtrain.spec.sound import sound_part
 from xtrain.spec.tree import Spec
 
@@ -48,14 +48,15 @@ def load_spec(
     backend: Judge | None = None,
     here: bool = True,
     resumes: bool = False,
+    text: str | None = None,
 ) -> Spec:
     """Read, validate and check the spec at `path`, with each of `overrides` ("train.steps=20") applied.
 
     `world` is the number of processes where it is not launch.processes; `backend` is asked too where it is
-    given. Paths in it are looked for if it is to run `here`, those of weights unless it `resumes`. SpecError
-    has every problem.
+    given. Paths in it are looked for if it is to run `here`, those of weights unless it `resumes`. `text` is
+    what `path` says, where it was read before. SpecError has every problem.
     """
-    document = _read(path)
+    document = _read(path, text)
     question = Question(world, backend, here, resumes)
     spec, problems = _examine(document, overrides, question)
     if problems:
@@ -66,17 +67,29 @@ def load_spec(
 
 
 def locate(
-    problems: Sequence[Problem], path: Path, overrides: Sequence[str] = (), world: int | None = None
+    problems: Sequence[Problem],
+    path: Path,
+    overrides: Sequence[str] = (),
+    world: int | None = None,
+    text: str | None = None,
 ) -> list[Problem]:
-    """Problems that someone else found in the spec at `path`, each with its place."""
-    document, changes = _read(path), Overrides()
+    """Problems that someone else found in the spec at `path`, each placed; `text` as for load_spec."""
+    document, changes = _read(path, text), Overrides()
     changes.apply(deepcopy(document.data), overrides)
     return sorted((_placed(problem, document, changes, world) for problem in problems), key=_order)
 
 
-def _read(path: Path) -> Document:
+def spec_text(path: Path) -> str:
+    """What the file says; SpecError where it cannot be read."""
     try:
-        return read_file(path)
+        return read_text(path)
+    except Unreadable as error:
+        raise SpecError(str(path), [error.problem]) from error
+
+
+def _read(path: Path, text: str | None) -> Document:
+    try:
+        return read_document(spec_text(path) if text is None else text)
     except Unreadable as error:
         raise SpecError(str(path), [error.problem]) from error
 

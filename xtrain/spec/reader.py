@@ -67,8 +67,13 @@ class Unreadable(Exception):
 
 
 def read_file(path: Path) -> Document:
-    """Read a spec file whose top level is a mapping; Unreadable where there is none."""
-    document = parse(_read_text(path))
+    """Read a spec file; Unreadable as of its text."""
+    return read_document(read_text(path))
+
+
+def read_document(text: str) -> Document:
+    """Read a spec, whose top level is a mapping; Unreadable where there is none."""
+    document = parse(text)
     if document.data is None:
         raise Unreadable("the file is empty", nearest="start from one of configs/")
     if not isinstance(document.data, dict):
@@ -104,8 +109,8 @@ def as_scalar(text: str) -> JSON:
     return text if document.problems or isinstance(document.data, dict | list) else document.data
 
 
-def _read_text(path: Path) -> str:
-    """The file's text; refuses what is no file, too large, or not UTF-8."""
+def read_text(path: Path) -> str:
+    """The file's text; Unreadable where it is no file, too large, or not UTF-8."""
     if os.path.isdir(path):  # noqa: PTH112 - pathlib raises for what is no possible path
         raise Unreadable("a folder, not a file", nearest="name a YAML file in it")
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
