@@ -174,13 +174,13 @@ class Call:
     block: nn.Module
     arguments: Any
     """(args, kwargs), with references in the places of tensors."""
-    kept: Any
-    """The node of the graph that saved the tensors."""
+    kept: torch.Tensor
+    """Its node of the graph saved the tensors, and before torch 2.13 frees them when nobody holds this."""
     surroundings: Surroundings
 
     def arguments_again(self, outputs: Sequence[torch.Tensor]) -> Any:
         """(args, kwargs), given the outputs of the call before."""
-        kept = self.kept.saved_tensors
+        kept = self.kept.grad_fn.saved_tensors  # type: ignore[union-attr]
         with_kept = tree_map_only(FromKept, lambda one: kept[one.place], self.arguments)
         return tree_map_only(FromPrevious, lambda one: outputs[one.place], with_kept)
 
@@ -216,10 +216,10 @@ class _Keep(torch.autograd.Function):
         return torch.empty(0)
 
 
-def keep(tensors: Sequence[torch.Tensor]) -> Any:
-    """A node whose `saved_tensors` are these. The anchor makes sure that there is one."""
+def keep(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An output whose node has these as `saved_tensors`. The anchor makes sure that there is one."""
     anchor = torch.empty(0, requires_grad=True)
-    return _Keep.apply(anchor, *tensors).grad_fn  # type: ignore[no-untyped-call]
+    return _Keep.apply(anchor, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def tensors_of(tree: object) -> list[torch.Tensor]:
