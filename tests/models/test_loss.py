@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from xtrain.contract import IGNORED_TARGET
-from xtrain.models.loss import PLAIN, loss_and_gradient, projected_cross_entropy_sum
+from xtrain.models.loss import PLAIN, adds_unrounded, loss_and_gradient, projected_cross_entropy_sum
 from xtrain.models.loss_chunk import LossChunk
 
 TOKENS, WIDTH, VOCABULARY = (4, 32), 16, 50
@@ -55,6 +55,36 @@ def test_under_autocast_the_loss_is_the_plain_one_and_gradients_agree_to_bf16_ro
 
 def test_a_wrong_upstream_gradient_would_be_seen() -> None:
     assert relative(loss_and_gradients("auto", upstream=2.0)[1], loss_and_gradients("none")[1]) > 0.5
+
+
+@pytest.fixture
+def a_device_that_adds_unrounded() -> Iterator[None]:
+    """The operation that torch has on some GPUs only, on the CPU: with its schema, and fp32 inside."""
+
+    def kernel(
+        total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, **rest: Any
+    ) -> torch.Tensor:
+        added: torch.Tensor = rest["out"].copy_(total + left.to(dtype) @ right.to(dtype))
+        return added
+
+    adds_unrounded.cache_clear()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("addmm.dtype_out", kernel, "CPU")
+        yield
+    adds_unrounded.cache_clear()
+
+
+def test_16_bit_products_are_summed_unrounded_where_the_device_can(
+    a_device_that_adds_unrounded: None,
+) -> None:
+    whole, chunked = (loss_and_gradients(chunk, autocast=True)[2] for chunk in ("auto", 1))
+    assert relative(chunked, whole) < 1e-6  # 128 products and one: each rounded to 16 bits they differ
+
+
+def test_16_bit_products_of_one_token_each_are_rounded_on_the_cpu() -> None:
+    assert not adds_unrounded(torch.device("cpu"), torch.bfloat16)
+    whole, chunked = (loss_and_gradients(chunk, autocast=True)[2] for chunk in ("auto", 1))
+    assert 1e-4 < relative(chunked, whole) < 2**-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

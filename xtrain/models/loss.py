@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -196,5 +197,22 @@ def _subtract_one_hot(gradient: torch.Tensor, index: torch.Tensor, counted: torc
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif adds_unrounded(left.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
+
+
+@cache
+def adds_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrices of this 16-bit format can be multiplied into an fp32 sum there, in one operation.
+
+    Then the product is neither rounded nor stored. It is tried out once: torch has it on some devices, and
+    takes an fp32 sum only from some version on.
+    """
+    factor, total = torch.ones(8, 8, dtype=dtype, device=device), torch.ones(8, 8, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9.0).all())
