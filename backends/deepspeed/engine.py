@@ -35,6 +35,7 @@ from xtrain.measure.matmul import MatmulPeak
 from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
+from ..batches import on_device
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
@@ -69,6 +70,8 @@ class DeepSpeedEngine:
         self.asynchronous = self.device.type != "cpu"
         if not self.asynchronous:
             keep_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # this process may have had another engine
         timeout = collective_timeout(spec.launch.hang_minutes)
         start_process_group(job, self.device, timeout)
         fp16 = spec.precision.dtype == "fp16"
@@ -131,7 +134,7 @@ class DeepSpeedEngine:
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of token losses, with a graph for the backward pass."""
         with keeping(self.stage, self.parks_activations):
-            loss: torch.Tensor = self.engine(*self._to_device(batch))
+            loss: torch.Tensor = self.engine(*on_device(batch, self.device))
         return loss
 
     def _update(
@@ -184,7 +187,7 @@ class DeepSpeedEngine:
         with torch.no_grad(), uncompiled(self.spec):
             for batch in batches:
                 with self._watch_memory("evaluation"):
-                    total += self.engine(*self._to_device(batch))
+                    total += self.engine(*on_device(batch, self.device))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.engine.train()
         # float32 counts exactly only to 2^24, so the tokens are summed as integers.
@@ -267,10 +270,6 @@ class DeepSpeedEngine:
 
     def _shards(self) -> Shards:
         return shards_of(self.engine, self.stage)
-
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
-        return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _watch_memory(self, moment: Moment) -> AbstractContextManager[None]:
         return watch_memory(self.device, moment, self.holdings)

@@ -145,6 +145,11 @@ class Cuda(Device):
         gpu = torch.cuda.get_device_properties(self.torch_device)
         return Availability(True, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", preference=30)
 
+    def prepare(self) -> None:
+        """Peaks are those of one engine, also in a process that had another before it."""
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 

@@ -31,13 +31,14 @@ from xtrain.measure.matmul import MatmulPeak
 from xtrain.spec.tree import Spec
 from xtrain.techniques.compiled import FirstStep, uncompiled
 
+from ..batches import on_device
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
 from .activations import activations_on_host
 from .assemble import assemble
 from .clipping import global_norm, unscale_and_clip
-from .devices import Device
+from .devices import Cpu, Device
 from .loss_scaling import LossScaler
 from .optimizer import set_learning_rate
 from .out_of_memory import memory_of, watch_memory
@@ -53,7 +54,8 @@ class ManualEngine:
     def __init__(self, spec: Spec, source: ModelSource, devices: Sequence[Device]) -> None:
         """The first device is the home: batches, loss and norm are there. See assemble.py."""
         self.devices = list({device.torch_device: device for device in devices}.values())
-        for device in self.devices:
+        updates_on_host = spec.techniques.offload.optimizer.enabled
+        for device in (*self.devices, *([Cpu()] if updates_on_host else [])):
             device.prepare()
         self.home = devices[0].torch_device
         self.asynchronous = any(device.asynchronous for device in devices)
@@ -104,7 +106,7 @@ class ManualEngine:
         loss_sum = torch.zeros((), device=self.home)
         for batch in step.micro_batches:
             with trace.span("forward"), self._autocast(), self._saved_tensors():
-                loss = self.model(*self._bring_home(batch))
+                loss = self.model(*on_device(batch, self.home))
             with trace.span("backward"), self._watch_memory("update" if self.in_backward else "step"):
                 (loss * (scale / step.target_tokens)).backward()
             loss_sum += loss.detach()
@@ -125,7 +127,7 @@ class ManualEngine:
         with torch.no_grad(), uncompiled(self.spec), self._watch_memory("evaluation"):
             for batch in batches:
                 with self._autocast():
-                    total += self.model(*self._bring_home(batch))
+                    total += self.model(*on_device(batch, self.home))
                 tokens += int((batch.targets != IGNORED_TARGET).sum())
         self.model.train()
         return LossSum(float(total), tokens)
@@ -203,10 +205,6 @@ class ManualEngine:
 
     def _saved_tensors(self) -> AbstractContextManager[None]:
         return activations_on_host(self.model) if self.parks_activations else nullcontext()
-
-    def _bring_home(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
-        return tokens.to(self.home, non_blocking=True), targets.to(self.home, non_blocking=True)
 
     def _watch_memory(self, moment: Moment) -> AbstractContextManager[None]:
         return watch_memory(self.devices, moment, self.holdings)

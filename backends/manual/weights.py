@@ -13,7 +13,7 @@ from torch import nn
 from xtrain.spec.tree import Offload
 
 from .gradients import HostGradients
-from .transfers import HOST, copy_over
+from .transfers import HOST, copy_over, to_host
 
 
 class Weights:
@@ -51,7 +51,8 @@ class Weights:
         if gradient is None:
             return None
         parameter.grad = None
-        updated.grad = gradient.to(updated.device).float()
+        there = to_host(gradient).result() if updated.device == HOST else gradient.to(updated.device)
+        updated.grad = there.float()
         return updated.grad
 
     def held_gradients(self) -> list[torch.Tensor]:
