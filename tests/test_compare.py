@@ -79,6 +79,17 @@ def test_a_lane_is_the_same_command_that_people_type() -> None:
     assert command == [sys.executable, *expected.split()]
 
 
+def test_a_lane_runs_this_xtrain_also_where_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xtrain.py").write_text("raise SystemExit('this is another xtrain')")
+    monkeypatch.chdir(tmp_path)
+    command = xtrain_run(Lane("cpu"), Path("a.yaml"), Path("out"), [])
+    asked = [*command[: command.index("xtrain")], "xtrain.request"]  # as light a module as any
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- figures --------------------------------------------------------------------------------
 
 

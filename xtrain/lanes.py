@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Literal, TypeAlias
 from xtrain import registry
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError
 from xtrain.records.summary import clean
+from xtrain.request import this_python
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed"]
 """Refused: it cannot run here, and nothing was started. Failed: it began and did not finish."""
@@ -105,7 +105,7 @@ def xtrain_run(lane: Lane, spec_path: Path, directory: Path, overrides: Sequence
     """The command of a lane: `xtrain run` under this same Python."""
     processes = [] if lane.processes is None else ["--nproc", str(lane.processes)]
     changes = [word for override in (*overrides, *lane.overrides) for word in ("--set", override)]
-    command = [sys.executable, "-m", "xtrain", "run", str(spec_path), "--backend", lane.backend]
+    command = [*this_python(), "-m", "xtrain", "run", str(spec_path), "--backend", lane.backend]
     return [*command, "--out", str(directory), *processes, *changes]
 
 

@@ -105,6 +105,15 @@ def this_program() -> list[str]:
     return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
 
 
+def this_python() -> list[str]:
+    """For `-m`: a Python that finds this xtrain, also where the current folder has another one.
+
+    Without -P it looks in the current folder first, which is right where this one was found there.
+    """
+    found_here = Path(__file__).parents[1] == Path.cwd()
+    return [sys.executable] if found_here else [sys.executable, "-P"]
+
+
 def hosts_of(count: int | None, meet: str | None, start_id: str | None, address: str | None) -> Hosts | None:
     """From options of the command line; RequestError where only some are given, or cannot be read."""
     if count is None and meet is None and start_id is None and address is None:

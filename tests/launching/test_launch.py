@@ -37,11 +37,12 @@ Value = TypeVar("Value")
 class Launcher:
     """A process that launches two members, and everything that came of it."""
 
-    def __init__(self, records: Path, *behaviour: str) -> None:
+    def __init__(self, records: Path, folder: Path, *behaviour: str) -> None:
         self.records = records
         environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKERS / "launcher.py"), "2", str(records), *behaviour],
+            cwd=folder,
             env={**environ, "PYTHONPATH": str(WORKERS), MARK: str(records), "TMPDIR": str(records)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,13 +87,25 @@ def wait_for(look: Callable[[], Value | None]) -> Value:
     raise AssertionError(f"not seen within {PATIENCE_SECONDS:.0f} s")
 
 
+@pytest.fixture(scope="session")
+def another_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `python -m xtrain` would fail."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "xtrain").mkdir()
+    (folder / "xtrain" / "__init__.py").write_text("raise SystemExit('this is another xtrain')")
+    return folder
+
+
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
-    """Starts launchers; afterwards there must be nothing left of them, neither processes nor files."""
+def started(tmp_path: Path, another_checkout: Path) -> Iterator[Callable[..., Launcher]]:
+    """Starts launchers; afterwards there must be nothing left of them, neither processes nor files.
+
+    Where they are started lies another xtrain, which no process of theirs is to take for its own.
+    """
     launchers: list[Launcher] = []
 
     def start(*behaviour: str) -> Launcher:
-        launchers.append(Launcher(tmp_path, *behaviour))
+        launchers.append(Launcher(tmp_path, another_checkout, *behaviour))
         return launchers[-1]
 
     yield start

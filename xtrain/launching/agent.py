@@ -24,7 +24,7 @@ import psutil
 from xtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
 from xtrain.launching.supervise import AGENT, children, is_alive, kill_groups, watch_lifeline
 from xtrain.launching.worker import FOLDER, ending, endings, process_ids, said_at
-from xtrain.request import Hosts
+from xtrain.request import Hosts, this_python
 
 AGENT_ENDING = "agent.json"
 STOPPING = "stopping"
@@ -113,8 +113,10 @@ def _run(order: Order, command: list[str], folder: Path) -> int:
     haste = Haste(folder, order)
     haste.start()
     try:
-        torchrun = run.parse_args([*order.options(folder), "-m", "xtrain.launching.worker"])
-        torchrun.training_script_args = command  # unread: it would take a worker's --nproc for its own
+        python, *options = this_python()
+        torchrun = run.parse_args([*order.options(folder), "--no-python", python])
+        # Unread: it would take a worker's --nproc for its own.
+        torchrun.training_script_args = [*options, "-u", "-m", "xtrain.launching.worker", *command]
         run.run(torchrun)
     except ChildFailedError as failed:
         if _leave_if_lost(folder, hosts):

@@ -22,7 +22,7 @@ from xtrain.launching.agent import AGENT_ENDING, STOPPING, Order
 from xtrain.launching.supervise import children, kill_groups
 from xtrain.launching.worker import FOLDER, ending, endings, process_ids
 from xtrain.measure.cgroup import Kills, Verdict
-from xtrain.request import Hosts
+from xtrain.request import Hosts, this_python
 from xtrain.signals import exit_code, too_early
 
 SIGNALLED = 128
@@ -123,7 +123,7 @@ class Launch:
         self._kills = Kills.now()
         agents_end, self._lifeline = os.pipe()
         self.agent = subprocess.Popen(
-            [sys.executable, "-m", "xtrain.launching.agent", str(agents_end), order.json(), *command],
+            [*this_python(), "-m", "xtrain.launching.agent", str(agents_end), order.json(), *command],
             env=environ,
             stdin=subprocess.DEVNULL,
             pass_fds=[agents_end],
