@@ -1,10 +1,11 @@
 """`make gpu`: what there is to prove and to measure on one NVIDIA GPU, within ten minutes.
 
-    python -m benchmarks.gpu [--parts speed ladder] [--seconds 570] [--device cpu]
+    python -m benchmarks.gpu [--parts speed ladder] [--seconds 540] [--device cpu]
 
 Conformance, speed beside a plain loop, the ladder of techniques, GPT-2 Large, checkpoints, DeepSpeed. Every
-lane is a process of its own, every part has its share of the time and leaves the others theirs; page and JSON
-under benchmarks/results/ are written after each row, so a run that is broken off leaves what it has.
+lane is a process of its own, every part has its share of the time and leaves the others theirs. Page, JSON
+and a log of all that was printed grow under --out with every lane: a run that is broken off leaves what it
+has. Installing comes before, so --seconds is less than ten minutes.
 Without a GPU this says so and ends well: nothing was tested, nothing failed. `--device cpu` tries the
 programs out with tiny sizes.
 """
@@ -22,7 +23,7 @@ from time import perf_counter
 
 from benchmarks.gpu_lanes import Bench, Row
 from benchmarks.gpu_parts import PARTS, ends, rows_of
-from benchmarks.gpu_report import markdown
+from benchmarks.gpu_report import markdown, told
 from benchmarks.overhead import ROOT, say
 from benchmarks.page import command_of
 from xtrain.measure.machine import environment
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", default=NAMES, choices=NAMES, metavar="PART", help=f"of {NAMES}"
     )
-    parser.add_argument("--seconds", type=float, default=570, help="for everything")
+    parser.add_argument("--seconds", type=float, default=540, help="for everything")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
@@ -71,17 +72,19 @@ def main() -> int:
     started = perf_counter()
     parts = [part for part in PARTS if part.name in arguments.parts]
     with TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, name, Path(folder), started + arguments.seconds)
+        log = path.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        bench = Bench(arguments.device, name, Path(folder), started + arguments.seconds, log)
         for part, over in zip(parts, ends(parts, arguments.seconds), strict=True):
             for row in rows_of(part, replace(bench, ends_at=started + over)):
                 rows.append(row)
-                say(f"{row.part}, {row.name}: {row.outcome}")
+                say(told(row))
                 report = {**header, "seconds": perf_counter() - started}
                 path.write_text(
                     json.dumps({**report, "rows": [asdict(one) for one in rows]}, indent=1) + "\n"
                 )
                 path.with_suffix(".md").write_text(markdown(report, about, rows))
-    say(f"written: {path} and {path.with_suffix('.md').name}")
+    say(f"written: {path}, {path.with_suffix('.md').name} and {log.name}")
     failed = [row for row in rows if row.outcome != "done" and not row.outcome.startswith("left out")]
     return 1 if failed else 0
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -26,6 +28,16 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Operations per second of the data sheets, without sparsity, by a part of the GPU's name."""
 SHORTEST_SECONDS = 10.0
 """With less time left a lane is not begun."""
+LAST_WORDS_SECONDS = 3.0
+"""For a process whose time is over to tell where it stands."""
+SURROUNDINGS = {
+    "PYTHONWARNINGS": "ignore",
+    "PYTHONUNBUFFERED": "1",  # what was printed is there when the time is over
+    "PYTHONFAULTHANDLER": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else the machine has installed
+}
+ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)(:|$))")
+"""How the line begins that names what a process ended with."""
 
 Figures = dict[str, Any]
 
@@ -59,34 +71,33 @@ class Bench:
     folder: Path
     ends_at: float
     """By perf_counter."""
+    log: Path
+    """Has the commands of all lanes and what they print: all there is to mend them by from afar."""
 
     @property
     def tiny(self) -> bool:
         return self.device == "cpu"
 
     def call(self, command: list[str], limit_seconds: float) -> Ended:
-        """Run it with everything it starts, and end all of that when its time is over."""
+        """Run it with everything it starts, and end all of that when its time is over.
+
+        What it prints goes to the log at once: it is there too when somebody ends this program.
+        """
         left = self.ends_at - perf_counter()
         if left < SHORTEST_SECONDS:
             return Ended("", "left out: the time up to here was used up", 0.0)
-        started = perf_counter()
-        with subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                output, _ = process.communicate(timeout=min(limit_seconds, left))
-                problem = _last_words(output) if process.returncode else ""
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, _ = process.communicate()
-                problem = f"not done within {min(limit_seconds, left):.0f} s"
-        return Ended(output, problem, perf_counter() - started)
+        started, limit = perf_counter(), min(limit_seconds, left)
+        with self.log.open("a+", errors="replace") as log:
+            print("===", *command, file=log, flush=True)
+            begins = log.tell()
+            code = _run(command, log, limit)
+            log.seek(begins)
+            output, seconds = log.read(), perf_counter() - started
+            problem = "" if code == 0 else _last_words(output)
+            if code is None:
+                problem = f"not done within {limit:.0f} s"
+            print(f"=== {problem or 'done'}, after {seconds:.1f} s\n", file=log)
+        return Ended(output, problem, seconds)
 
     def row(
         self, part: str, name: str, command: list[str], limit_seconds: float, read: Callable[[str], Figures]
@@ -106,18 +117,23 @@ class Bench:
         self, part: str, name: str, load: Workload, limit_seconds: float, backend: str = "", **changes: Any
     ) -> Row:
         """`xtrain run` on a workload; `changes` replace sections of its spec."""
-        stem = f"{part}-{name}".replace(" ", "-").replace("/", "-")
-        path, out = self.folder / f"{stem}.yaml", self.folder / stem
+        out = self.folder / _stem(part, name)
+        path = out.with_suffix(".yaml")
         section = {"log": {"every_steps": 1 if "every_steps" not in changes else changes.pop("every_steps")}}
         tree = {**load.spec(), **section, **changes}
         path.write_text(yaml.safe_dump(tree))
-        command = ["-m", "xtrain", "run", str(path), "--backend", backend or self.device, "--out", str(out)]
+        run = ["run", str(path), "--backend", backend or self.device, "--out", str(out)]
         return self.row(
-            part, name, command, limit_seconds, lambda output: self._figures(load_record(out), tree)
+            part,
+            name,
+            ["-m", "benchmarks.gpu_run", *run],
+            limit_seconds,
+            lambda output: self._figures(load_record(out), tree),
         )
 
     def plain(self, part: str, name: str, load: Workload, limit_seconds: float, compiled: bool) -> Row:
-        settings, result = self.folder / "settings.json", self.folder / "result.json"
+        settings = self.folder / f"{_stem(part, name)}.json"
+        result = settings.with_suffix(".result")
         settings.write_text(
             json.dumps({"workload": asdict(load), "device": self.device, "compile": compiled})
         )
@@ -177,9 +193,36 @@ def _parameters(load: Workload) -> int:
     return load.layers * block + (load.vocab_size + load.positions + 2) * load.hidden
 
 
+def _stem(part: str, name: str) -> str:
+    """For files of a lane, readable where the log names them."""
+    return re.sub(r"[^\w+-]+", "-", f"{part}-{name}")
+
+
+def _run(command: list[str], log: TextIO, limit_seconds: float) -> int | None:
+    """Its exit code; None where its time was over, and then the log has where each of its threads stood."""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **SURROUNDINGS},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        code = None
+        try:
+            code = process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS_SECONDS)
+        with suppress(ProcessLookupError):  # what it has started
+            os.killpg(process.pid, signal.SIGKILL)
+    return code
+
+
 def _last_words(output: str) -> str:
     """The error's message, on one line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [place for place, line in enumerate(lines) if line.startswith("error:")]
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    errors = [place for place, line in enumerate(lines) if ERROR.match(line)]
     said = lines[errors[-1] :] if errors else lines[-1:]
-    return " ".join(said)[:400] or "failed without a word"
+    return " ".join(line.strip() for line in said)[:400] or "failed without a word"

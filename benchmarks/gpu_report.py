@@ -82,6 +82,13 @@ def markdown(report: Mapping[str, Any], about: Mapping[str, str], rows: Sequence
     return "\n".join(lines) + "\n"
 
 
+def told(row: Row) -> str:
+    """A row on one line, for who looks on."""
+    used = [key for key in COLUMNS if row.figures.get(key) is not None]
+    figures = [f"{COLUMNS[key][0]} {_cell(row, key)}" for key in used]
+    return f"{row.part}, {row.name}: {'; '.join([row.outcome, *figures])}"
+
+
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """Only with the columns that some row has a figure for."""
     used = [key for key in COLUMNS if any(row.figures.get(key) is not None for row in rows)]
