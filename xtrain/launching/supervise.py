@@ -55,7 +55,8 @@ def _look_after(parent: int) -> None:
 
 
 def _end_here() -> None:
-    """Kill this process, and with it what it started where it leads a group of its own."""
+    """Kill this process and all that it started, also what has left it where it leads a group of its own."""
+    kill_groups(children(os.getpid()))
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
