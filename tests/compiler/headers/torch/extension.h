@@ -1,6 +1,8 @@
-// What DeepSpeed's operators use of torch/extension.h, which reads all of torch's C++ library.
+// What most of DeepSpeed's sources use of torch/extension.h; ../../g++ adds the rest where they name it.
 #pragma once
 
-#include <torch/types.h>
+#include <ATen/core/Tensor.h>
 
-#include <torch/csrc/utils/pybind.h>
+namespace torch {
+using namespace at;
+}
