@@ -35,25 +35,39 @@ class Weights:
         pairs = zip(self.trained.values(), self.updated.values(), strict=True)
         self.copied = [(weight, master) for weight, master in pairs if weight is not master]
         """Weights and their masters, where there are two."""
+        self.widened: dict[str, torch.Tensor] = {}
+        """Memory on the CPU for the fp32 form of gradients that come there in 16 bits."""
 
     def gradients(self) -> list[torch.Tensor]:
         """fp32, on the tensors that the optimizer updates; parameters without a gradient left out.
 
         One at a time changes its place: at no moment are there two whole sets.
         """
-        made = [self.hand_over(name) for name in self.trained]
+        made = [self.hand_over(name, keeps_memory=True) for name in self.trained]
         return [gradient for gradient in made if gradient is not None]
 
-    def hand_over(self, name: str) -> torch.Tensor | None:
-        """One gradient, now on what the optimizer updates and nowhere else; None where there is none."""
+    def hand_over(self, name: str, keeps_memory: bool = False) -> torch.Tensor | None:
+        """One gradient, now on what the optimizer updates and nowhere else; None where there is none.
+
+        With `keeps_memory` a later one of that name is put into the same memory, where it is sent to the CPU.
+        """
         parameter, updated = self.trained[name], self.updated[name]
         gradient = self.on_host.take(parameter) if self.on_host else parameter.grad
         if gradient is None:
             return None
         parameter.grad = None
         there = to_host(gradient).result() if updated.device == HOST else gradient.to(updated.device)
-        updated.grad = there.float()
+        sent = parameter.device != updated.device == HOST
+        updated.grad = self._widen(name, there) if keeps_memory and sent else there.float()
         return updated.grad
+
+    def _widen(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """In fp32, in memory that is kept: fresh pages for a whole set would cost as much as the update."""
+        if gradient.dtype == torch.float32:
+            return gradient
+        if name not in self.widened:
+            self.widened[name] = torch.empty_like(gradient, dtype=torch.float32)
+        return self.widened[name].copy_(gradient)
 
     def held_gradients(self) -> list[torch.Tensor]:
         """Those that exist now, wherever they are."""

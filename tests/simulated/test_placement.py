@@ -165,6 +165,42 @@ def test_with_the_optimizer_offloaded_only_the_weights_are_on_the_device(
     engine.close()
 
 
+def gradient_places(engine: Any, spec: Spec) -> list[dict[str, int]]:
+    """Where in memory the optimizer found each gradient, at two updates."""
+    found: list[dict[str, int]] = []
+
+    def look(*ignored: Any) -> None:
+        updated = engine.weights.updated.items()
+        found.append({name: p.grad.data_ptr() for name, p in updated if p.grad is not None})
+
+    engine.optimizer.register_step_pre_hook(look)
+    for number in range(2):
+        step(engine, spec, number)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("offload", [STATE, {"optimizer": "cpu"}], ids=["gradients too", "optimizer"])
+def test_16_bit_gradients_are_widened_on_the_host_into_the_same_memory_at_every_update(
+    simulated: Backend, offload: dict[str, str]
+) -> None:
+    spec = spec_of({"memory": {"offload": offload}}, precision=PRECISIONS["bf16 weights"])
+    engine = start(simulated, spec)
+    first, second = gradient_places(engine, spec)
+    assert first == second
+    assert len(set(first.values())) == len(engine.weights.updated)
+
+
+def test_what_an_update_within_the_backward_pass_widens_is_not_kept(simulated: Backend) -> None:
+    memory = {"optimizer_in_backward": True, "offload": {"optimizer": "cpu"}}
+    changes = {"precision": PRECISIONS["bf16 weights"], "accumulation": 1}
+    spec = spec_of({"memory": memory}, clip=None, **changes)
+    engine = start(simulated, spec)
+    step(engine, spec)
+    assert not engine.weights.widened
+    engine.close()
+
+
 def copies(
     way: Mapping[str, Any], backend: Backend, **changes: Any
 ) -> dict[tuple[str, str], tuple[int, int]]:
