@@ -11,7 +11,7 @@ from xtrain.exchange.translation import Imported, Setting
 from xtrain.measure.machine import host_room_bytes
 from xtrain.plan.layout import DEVICE, HOST
 
-from .environment import announce_compilation, facts, prepare, probe, sees_gpu
+from .environment import announce_compilation, device_of, facts, prepare, probe, sees_gpu
 from .imports import import_config
 from .overrides import override_notes, override_problems
 from .standalone import find_standalone_problems, standalone_settings
@@ -94,11 +94,12 @@ class DeepSpeedBackend:
         return layout_of(spec, world, device)
 
     def room_bytes(self, job: Job) -> int | None:
-        """What the host has is shared by its processes."""
+        """What the host has is shared by its processes; what this one's GPU allocator holds is free to it."""
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.mem_get_info(job.local_rank)[0]
+            device = device_of(job)
+            return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         return host_room_bytes() // job.local_world
 
     def start(self, resolved: Resolved, model: ModelSource, job: Job) -> DeepSpeedEngine:

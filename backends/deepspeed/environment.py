@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from xtrain.contract import JSON, Availability, Job
+from xtrain.errors import RequestError
 from xtrain.launching.preflight import ADDRESS
 
 from .apple import decide, on_mac, this_mac
@@ -120,9 +121,17 @@ def announce_compilation(spec: Spec) -> None:
 
 
 def device_of(job: Job) -> torch.device:
+    """This process's own. Raises RequestError, on every rank of a host, where it has too few GPUs."""
     import torch
 
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if job.local_world > gpus:
+            raise RequestError(
+                f"launch.processes: found {job.local_world} processes on this host, of whose GPUs this one "
+                f"sees {gpus}; expected one GPU for each; use --nproc {gpus}, or CUDA_VISIBLE_DEVICES= for "
+                "the CPU"
+            )
         torch.cuda.set_device(job.local_rank)
         return torch.device("cuda", job.local_rank)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -177,8 +186,9 @@ def _leave_together() -> None:
     """Wait a little for the other ranks, then leave: gloo aborts a process whose peer is gone too early."""
     import torch.distributed as dist
 
-    with suppress(RuntimeError):  # a peer that failed does not come
-        dist.barrier(async_op=True).wait(timeout=timedelta(seconds=LEAVE_SECONDS))
+    if dist.get_world_size() > 1:
+        with suppress(RuntimeError):  # a peer that failed does not come
+            dist.barrier(async_op=True).wait(timeout=timedelta(seconds=LEAVE_SECONDS))
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from backends import host_fp16 as fp16
@@ -17,6 +18,8 @@ from backends.deepspeed.nvme import find_libaio, nvme_problems
 from tests.small_specs import make_spec
 from xtrain import registry
 from xtrain.cli import main
+from xtrain.contract import Job
+from xtrain.errors import RequestError
 from xtrain.spec.check import check_spec
 from xtrain.spec.tree import Spec
 
@@ -28,6 +31,14 @@ INSTALLED = "xtrain.backends.deepspeed"
 def on_drive(path: Path, key: str = "optimizer") -> Spec:
     offload = {key: {"device": "nvme", "path": str(path)}}
     return make_spec(memory={"sharding": "parameters", "offload": offload})
+
+
+def test_more_processes_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in range(2):
+        with pytest.raises(RequestError, match=r"found 2 processes on this host.*sees 1.*use --nproc 1"):
+            environment.device_of(Job(rank, rank, 2, 2))
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
