@@ -52,6 +52,17 @@ def test_starting_weights_depend_on_the_seed_and_the_name_alone() -> None:
         assert torch.equal(a, c) == name.endswith(("bias", "norm.weight"))
 
 
+def test_starting_weights_are_the_same_however_many_threads_draw_them() -> None:
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        found.append(tiny())
+    torch.set_num_threads(threads)
+    alone, together = found
+    assert all(map(torch.equal, alone.parameters(), together.parameters()))
+
+
 def test_starting_weights_are_the_same_on_every_platform() -> None:
     """A golden hash: a change of generator, of names or of order would change everybody's curves."""
     digest = hashlib.sha256()
