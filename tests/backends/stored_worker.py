@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,19 @@ from xtrain.schedule import learning_rate
 from xtrain.spec.tree import Spec
 
 STEPS, MIDDLE = 6, 3
+PRECISIONS: dict[str, Any] = {"fp32": "fp32", "bf16": {"dtype": "bf16", "weights": "bf16"}}
 
 
-def spec_of(stage: int, world: int) -> Spec:
+def spec_of(stage: int, world: int, precision: str) -> Spec:
     lane = Lane("deepspeed", SHARDING[stage], world)
-    return Spec.model_validate(Training("adamw", steps=STEPS).on(lane).spec)
+    return Spec.model_validate(Training("adamw", steps=STEPS, precision=PRECISIONS[precision]).on(lane).spec)
 
 
 class Trainer:
     """A DeepSpeed engine as xtrain starts it, and its losses."""
 
-    def __init__(self, stage: int, job: Job, universal: bool = False) -> None:
-        self.spec = spec_of(stage, job.world)
+    def __init__(self, stage: int, job: Job, precision: str = "fp32", universal: bool = False) -> None:
+        self.spec = spec_of(stage, job.world, precision)
         self.data = open_data(self.spec, show_progress=False)
         backend = registry.load("deepspeed")
         resolved = backend.resolve(self.spec, job.world)
@@ -58,14 +60,14 @@ class Trainer:
         return [values.loss for values in self.engine.fetch(results)]
 
 
-def save(stage: int, folder: Path, job: Job) -> list[float]:
-    """DeepSpeed's own checkpoint after MIDDLE updates, and a universal one that its tool makes of it."""
-    trainer = Trainer(stage, job)
+def save(job: Job, folder: Path, stage: int, precision: str, universal: bool) -> list[float]:
+    """DeepSpeed's own checkpoint after MIDDLE updates, and perhaps a universal one, by its tool."""
+    trainer = Trainer(stage, job, precision)
     trainer.train(0, MIDDLE)
     trainer.engine.engine.save_checkpoint(str(folder), tag="middle")
     losses = trainer.train(MIDDLE, STEPS)
     trainer.engine.close()
-    if job.rank == 0 and stage > 0:
+    if job.rank == 0 and universal:
         convert(folder / "middle", folder / "universal")
     return losses
 
@@ -86,7 +88,7 @@ def convert(native: Path, universal: Path) -> None:
     )
 
 
-def load(stage: int, folder: Path, job: Job) -> list[float]:
+def load(job: Job, folder: Path, stage: int) -> list[float]:
     """Losses after the universal checkpoint in `folder` was loaded by DeepSpeed."""
     trainer = Trainer(stage, job, universal=True)
     trainer.engine.engine.load_checkpoint(str(folder))
@@ -104,8 +106,8 @@ def main() -> None:
     plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     job = Job(rank, rank, world, world)
-    do = {"save": save, "load": load}
-    losses = {part["name"]: do[part["do"]](part["stage"], Path(part["folder"]), job) for part in plan}
+    do: dict[str, Callable[..., list[float]]] = {"save": save, "load": load}
+    losses = {part["name"]: do[part["do"]](job, Path(part["folder"]), **part["asked"]) for part in plan}
     if rank == 0:
         out.write_text(json.dumps(losses))
 
