@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -280,3 +281,16 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(RequestError, match=r"model-0.safetensors cannot be read"):
         built(folder)
+
+
+def test_a_pipe_under_the_name_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    folder = library_folder(tmp_path / "stored", other_weights())
+    pipe = folder / "model-0.safetensors"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR)  # so that a reader would not wait for somebody who writes
+    try:
+        with pytest.raises(RequestError, match=f"{pipe.name}: found a folder, a pipe or a device"):
+            built(folder)
+    finally:
+        os.close(held)

@@ -52,6 +52,8 @@ def _opened(paths: Iterable[Path], key: str) -> Mapping[str, Any]:
 
     files: dict[str, Any] = {}
     for path in paths:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise RequestError(f"{key}: {path}: found a folder, a pipe or a device, expected a file")
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
