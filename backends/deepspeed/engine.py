@@ -36,6 +36,7 @@ from xtrain.techniques.checkpointing import checkpoint_activations
 from xtrain.techniques.compiled import FirstStep, compile_model, uncompiled
 
 from ..batches import on_device
+from ..host_attention import quicken_attention
 from ..step_counts import stored_counts
 from ..yardstick import device_busy, matmul_peak
 from . import state
@@ -70,6 +71,7 @@ class DeepSpeedEngine:
         self.asynchronous = self.device.type != "cpu"
         if not self.asynchronous:
             keep_freed_memory()
+            quicken_attention()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # this process may have had another engine
         timeout = collective_timeout(spec.launch.hang_minutes)

@@ -17,6 +17,7 @@ from xtrain.contract import JSON, Availability, Counter
 from xtrain.measure.machine import host_room_bytes
 
 from ..full import APPLE_IS_FULL, CUDA_IS_FULL, host_is_full
+from ..host_attention import quicken_attention
 from ..host_fp16 import INSTEAD, LACKS, is_emulated
 
 
@@ -99,6 +100,7 @@ class Cpu(Device):
 
     def prepare(self) -> None:
         keep_freed_memory()
+        quicken_attention()
 
     def synchronize(self) -> None:
         pass
