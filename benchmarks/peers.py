@@ -31,7 +31,7 @@ from benchmarks.workload import HF_FOLDER, SIZES, Workload
 from xtrain.measure.machine import environment, package_version
 
 PACKAGES = ("torch", "transformers", "accelerate", "lightning", "deepspeed", "xtrain")
-STEPS = {"micro": 60, "small": 16}
+STEPS = {"micro": 120, "small": 16}
 MEMORY_STEPS = 4
 LARGE_VOCABULARY = 50_257
 
