@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..strides import laid_out
+
 HOST = torch.device("cpu")
 
 
@@ -37,7 +39,7 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor | Weight:
 def _send(tensor: torch.Tensor) -> torch.Tensor | Weight | OnHost:
     if isinstance(_whole(tensor), nn.Parameter) or tensor.device == HOST:
         return _keep(tensor)
-    return OnHost(_copied(tensor.detach(), HOST), tensor.device)
+    return OnHost(_copied(tensor.detach(), HOST), tensor.device, tensor.stride())
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,9 +71,10 @@ class OnHost:
 
     copy: torch.Tensor
     device: torch.device
+    stride: tuple[int, ...]
 
     def again(self) -> torch.Tensor:
-        return _copied(self.copy, self.device)
+        return laid_out(_copied(self.copy, self.device), self.stride)
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..strides import laid_out
 from .transfers import HOST, ToDevice, overlaps, to_device, to_host
 
 AHEAD = 4
@@ -39,6 +40,7 @@ class Parked:
     def __init__(self, place: int, tensor: torch.Tensor) -> None:
         self.place = place
         self.device = tensor.device
+        self.stride = tensor.stride()
         self.sent = to_host(tensor.detach())
         self.coming: ToDevice | None = None
 
@@ -50,7 +52,7 @@ class Parked:
         self.send_for()
         assert self.coming is not None
         tensor, self.coming = self.coming.result(), None
-        return tensor
+        return laid_out(tensor, self.stride)
 
 
 class Pass:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from backends.deepspeed.saved import keeping
+from backends.deepspeed.saved import _again, _send, keeping
 from tests.simulated.counting import MEMORY
 from xtrain.contract import Backend
 
@@ -89,3 +89,11 @@ def test_without_it_activations_stay_on_the_device(simulated: Backend) -> None:
         loss = forward(model, SIM)
     assert MEMORY[0].live_bytes - before > BATCH * WIDTH * FP32_BYTES
     del loss
+
+
+def test_what_was_a_part_of_something_wider_comes_back_laid_out_as_it_was(simulated: Backend) -> None:
+    part = torch.arange(24.0, device=SIM).view(4, 6)[:, 2:4]
+    found = _again(_send(part))
+    assert found.device == part.device
+    assert found.stride() == part.stride()
+    assert torch.equal(found.cpu(), part.cpu())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.simulated import device as _makes_the_device  # noqa: F401
 from tests.simulated.counting import MEMORY, NAME
 
 transfers: Any = importlib.import_module("xtrain.backends.manual.transfers")
+activations: Any = importlib.import_module("xtrain.backends.manual.activations")
 gradients: Any = importlib.import_module("xtrain.backends.manual.gradients")
 
 NUMBERS = 256
@@ -171,3 +172,22 @@ def test_gradients_leave_their_device_as_they_come(computation: Stream) -> None:
     assert MEMORY[0].peak_bytes - before <= (transfers.UNDERWAY + 2) * BYTES
     assert all(kept.take(parameter).sum() == NUMBERS for parameter in parameters)
     assert MEMORY[0].live_bytes == before
+
+
+WIDE = torch.arange(24.0).view(4, 6)
+PARTS: dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "a part": (WIDE, lambda t: t[:, 2:4]),
+    "turned": (WIDE, lambda t: t.transpose(0, 1)),
+    "repeated": (WIDE[:1], lambda t: t.expand(3, 6)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_autograd_kept_comes_back_laid_out_as_it_was(computation: Stream, name: str) -> None:
+    """A query is a part of what one product made, and compiled code looks at its stride."""
+    whole, part = PARTS[name]
+    kept = part(whole.to(NAME))
+    current = activations.Pass(torch.nn.Identity())
+    found = current.fetch(current.park(kept))
+    assert torch.equal(found.cpu(), part(whole))
+    assert found.stride() == kept.stride() or name == "repeated"
