@@ -32,10 +32,13 @@ NAMES = [part.name for part in PARTS]
 
 
 def gpu_name() -> str | None:
-    """None where there is no GPU."""
+    """With its memory and torch's CUDA; None where there is no GPU."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def no_gpu() -> str:

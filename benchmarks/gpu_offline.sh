@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 INSTALL="$PYTHON -m pip --python .venv-gpu/bin/python install --quiet --no-index --no-deps"
 "$PYTHON" -m venv --without-pip --system-site-packages .venv-gpu
-"$PYTHON" -c 'import numpy, pathlib, torch; print(*{pathlib.Path(m.__file__).parents[1] for m in (numpy, torch)}, sep="\n")' \
+"$PYTHON" -c 'from importlib.util import find_spec; from pathlib import Path
+print(*{Path(find_spec(name).origin).parents[1] for name in ("numpy", "torch")}, sep="\n")' \
     > "$(echo .venv-gpu/lib/python3.*/site-packages)/torch.pth"
 $INSTALL .wheels/*.whl
 $INSTALL --no-build-isolation --editable .
