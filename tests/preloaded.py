@@ -15,6 +15,7 @@ MODULES = [
     "xtrain.backends.manual.engine",
     "xtrain.measure.ledger",
     "xtrain.work",
+    "tests.checkpoints.killed_writer",  # and pytest with it
     "tests.conformance.resume_worker",
     "tests.small_runs",
 ]
