@@ -182,7 +182,7 @@ def pause(bench: Bench) -> Iterator[Row]:
         (lane,) = json.loads(path.read_text())["lanes"]
         return {"pause_seconds": lane["pause_s"], "torch_save_seconds": lane["torch_save_s"]}
 
-    yield bench.row(part, name, command, 60, figures)
+    yield bench.row(part, name, command, 100, figures)
 
 
 def conformance(bench: Bench) -> Iterator[Row]:

@@ -39,6 +39,8 @@ class LogitForm:
 
 
 PLAIN = LogitForm()
+COMPILED_MAY_OVERWRITE = torch.__version__ >= "2.13"
+"""Compared as versions. torch 2.11 cannot make C++ of compiled code that overwrites its argument here."""
 
 ChunkArithmetic: TypeAlias = Callable[
     [LogitForm, torch.Tensor, "torch.Tensor | None", torch.Tensor],
@@ -172,7 +174,10 @@ def loss_and_gradient(
     index = targets.clamp(min=0).unsqueeze(1)
     target_logits = logits.gather(1, index)
     largest = logits.amax(dim=1, keepdim=True)
-    gradient = logits.sub_(largest).exp_()  # in place: nothing else of this size is made
+    if COMPILED_MAY_OVERWRITE or not torch.compiler.is_compiling():
+        gradient = logits.sub_(largest).exp_()  # in place: nothing else of this size is made
+    else:
+        gradient = logits.sub(largest).exp_()
     total = gradient.sum(dim=1, keepdim=True)
     losses = ((total.log() + largest - target_logits) * counted).sum()
     gradient.mul_(counted / total)
