@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -149,8 +150,9 @@ def pairs(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:
-    """Relative, over the steps; raises ValueError when there are not as many."""
-    return max(abs(f - e) / abs(e) for e, f in zip(expected, found, strict=True))
+    """Relative, over the steps; inf where a loss is no number. ValueError when there are not as many."""
+    differences = [abs(f - e) / abs(e) for e, f in zip(expected, found, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def markdown(report: Mapping[str, Any], results: Sequence[CaseResult]) -> str:

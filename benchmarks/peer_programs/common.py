@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from benchmarks import hugging_face_loop, plain_loop
+from benchmarks import plain_loop
 from benchmarks.workload import Workload
 
 STAGE = "BENCHMARK_ZERO_STAGE"
@@ -37,6 +37,8 @@ def build_model(load: Workload) -> MeanLoss:
     torch.manual_seed(load.seed)
     if os.environ["BENCHMARK_MODEL"] == "own":
         return MeanLoss(plain_loop.build_model(load)).train()
+    from benchmarks import hugging_face_loop  # the transformers library: seconds, and memory
+
     return MeanLoss(hugging_face_loop.build_model(load)).train()
 
 

@@ -83,6 +83,12 @@ def test_runs_of_unequal_length_are_no_comparison() -> None:
         largest_difference([1.0, 2.0], [1.0])
 
 
+@pytest.mark.parametrize("found", [[1.0, float("nan"), 1.0], [1.0, 1.0, float("inf")]], ids=str)
+def test_a_loss_that_is_no_number_agrees_with_nothing(found: list[float]) -> None:
+    assert largest_difference([1.0, 1.0, 1.0], found) == float("inf")
+    assert largest_difference(found, [1.0, 1.0, 1.0]) == float("inf")
+
+
 def test_page_has_a_row_for_each_case() -> None:
     machine = {
         "packages": {"torch": "2", "deepspeed": None},

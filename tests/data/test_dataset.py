@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,3 +239,20 @@ def resident_bytes_of(path: Path) -> int:
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_the_system_is_told_not_to_read_ahead_of_what_is_taken_at_random(
+    counting: Opener, tmp_path: Path
+) -> None:
+    data = counting()
+    flags = [line for line in _map_of(tmp_path / "count.npy") if line.startswith("VmFlags")]
+    assert data.sequences
+    assert flags
+    assert all(" rr " in f"{line} " for line in flags)
+
+
+def _map_of(path: Path) -> list[str]:
+    """What /proc/self/smaps has of the maps of `path`."""
+    maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return [line for one in maps if str(path) in one for line in one.splitlines()]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtrain.contract import IGNORED_TARGET, Batch
-from xtrain.data.mapped import give_back_pages
+from xtrain.data.mapped import give_back_pages, read_at_random
 from xtrain.data.order import Mask, Permutation
 from xtrain.data.sources import TokenStream, open_stream
 from xtrain.errors import RequestError, RunFailed
@@ -51,6 +51,7 @@ class Dataset:
         """Sequences to train on: one epoch."""
         if self.sequences < spec.batch.global_:
             raise self._too_little(total)
+        read_at_random(stream.tokens)
         self._order = Permutation(self.sequences, spec.train.seed)
         self._mask = Mask(spec.data.masked, spec.train.seed, self._seq_len) if spec.data.masked else None
 
