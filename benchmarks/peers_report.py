@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import mean, median
@@ -34,14 +34,18 @@ process; they take turns, with the plain loop between every two lanes.
 - *start-up*: from starting the process to the end of its first step, with all imports.
 - *peak RSS*: the largest resident set of the process. *grown by*: the same above what all imports take, in
   runs of their own with everything imported beforehand and MALLOC_MMAP_THRESHOLD_=131072.
+- *plain loop, tuned* has Hugging Face's GELU in one kernel and an allocator that keeps freed memory. xtrain
+  does both by itself; no other lane has them.
+- A verdict on speed is *noisy* where it misses its bar by no more than A/A's 10th percentile misses 1.
 - *loss difference*: the largest relative one at any step, against the plain loop with the same model.
 """
-TRAINER_LANES = ("HF Trainer", "Lightning Trainer", "DeepSpeed ZeRO-2")
-FRAMEWORK_LANES = ("Accelerate", "Lightning Fabric", "DeepSpeed", *TRAINER_LANES)
+TRAINER_LANES = ("HF Trainer", "Lightning Trainer", "Lightning Fabric", "DeepSpeed ZeRO-2")
+FRAMEWORK_LANES = ("Accelerate", "DeepSpeed", *TRAINER_LANES)
 BUILT_IN_PLAIN = "plain loop, built-in model"
 BUILT_IN_BAR = 1.10
 DEEPSPEED_BAR = 0.99
 STARTUP_BAR_SECONDS = 0.5
+MISSED = "missed"
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class LaneResult:
     tokens_per_second: float
     of_plain: Spread | None
     """For the plain loop itself A/A; None where it ran only once."""
-    cpu_step_seconds: float
-    startup_seconds: float
+    cpu_step_seconds: float | None
+    startup_seconds: float | None
     peak_bytes: float
-    loss_difference: float
+    loss_difference: float | None
+    """None without a plain loop that trains the same model."""
     step_seconds: list[list[float]]
 
 
@@ -81,39 +86,60 @@ class Case:
 
     @property
     def same_training(self) -> bool:
-        return all(lane.loss_difference <= LOSS_TOLERANCE[self.precision] for lane in self.lanes)
+        differences = [one.loss_difference for one in self.lanes if one.loss_difference is not None]
+        return all(one <= LOSS_TOLERANCE[self.precision] for one in differences)
+
+    @property
+    def missed(self) -> list[str]:
+        return [verdict for verdict in self.verdicts() if verdict.endswith(MISSED)]
 
     def verdicts(self) -> Iterator[str]:
         """What is asked of xtrain, as far as these lanes can tell."""
-        rate = {lane.lane: lane.tokens_per_second for lane in self.lanes}
+        yield from self._speeds()
+        yield from self._start_up()
+        yield from self._memory()
+        if self.lanes:
+            yield _verdict("all losses agree", self.same_training)
+
+    def _speeds(self) -> Iterator[str]:
         ratio = {lane.lane: lane.of_plain.median for lane in self.lanes if lane.of_plain}
-        startup = {lane.lane: lane.startup_seconds for lane in self.lanes}
-        ahead_of = TRAINER_LANES if self.size == "micro" else FRAMEWORK_LANES
+        noise = next((lane.of_plain for lane in self.lanes if lane.lane == self.plain), None)
+        low = noise.low if noise else 1.0
         if (ours := ratio.get("xtrain cpu")) is not None:
-            noise = next(lane.of_plain for lane in self.lanes if lane.lane == self.plain)
-            floor = min(1.0, noise.low) if noise else 1.0
-            yield _verdict(f"xtrain cpu at {ours:.3f} of the plain loop, A/A {noise}", ours >= floor)
-            for other in ahead_of:
+            yield _speed(f"xtrain cpu at {ours:.3f} of the plain loop, A/A {noise or '-'}", ours, 1.0, low)
+            for other in TRAINER_LANES if self.size == "micro" else FRAMEWORK_LANES:
                 if other in ratio:
-                    yield _verdict(f"xtrain cpu ahead of {other} ({ratio[other]:.3f})", ours >= ratio[other])
-            later = startup["xtrain cpu"] - startup[self.plain]
-            said = f"xtrain cpu starts {later:+.2f} s after the plain loop, at most {STARTUP_BAR_SECONDS}"
-            yield _verdict(said, later <= STARTUP_BAR_SECONDS)
+                    said = f"xtrain cpu ahead of {other} ({ratio[other]:.3f})"
+                    yield _speed(said, ours, ratio[other], low)
         if (built_in := ratio.get("xtrain cpu, built-in model")) is not None:
             said = f"built-in model at {built_in:.3f} of the plain loop with HF's, at least {BUILT_IN_BAR}"
-            yield _verdict(said, built_in >= BUILT_IN_BAR)
-        if "xtrain deepspeed" in rate and "DeepSpeed" in rate:
+            yield _speed(said, built_in, BUILT_IN_BAR, low)
+        if "xtrain deepspeed" in ratio and "DeepSpeed" in ratio:
             share = ratio["xtrain deepspeed"] / ratio["DeepSpeed"]
             said = f"xtrain deepspeed at {share:.3f} of the raw DeepSpeed script, at least {DEEPSPEED_BAR}"
-            yield _verdict(said, share >= DEEPSPEED_BAR)
+            yield _speed(said, share, DEEPSPEED_BAR, low)
+
+    def _start_up(self) -> Iterator[str]:
+        seconds = {lane.lane: lane.startup_seconds for lane in self.lanes}
+        ours, plain = seconds.get("xtrain cpu"), seconds.get(self.plain)
+        if ours is not None and plain is not None:
+            said = (
+                f"xtrain cpu starts {ours - plain:+.2f} s after the plain loop, at most {STARTUP_BAR_SECONDS}"
+            )
+            yield _verdict(said, ours - plain <= STARTUP_BAR_SECONDS)
+
+    def _memory(self) -> Iterator[str]:
+        peaks = {lane.lane: lane.peak_bytes for lane in self.lanes if "built-in" not in lane.lane}
+        if "xtrain cpu" in peaks and len(peaks) > 1:
+            others = min(peak for lane, peak in peaks.items() if not lane.startswith("xtrain"))
+            share = peaks["xtrain cpu"] / others
+            yield _verdict(f"xtrain cpu's peak RSS is {share:.2f} of the lowest other lane's", share <= 1.0)
         if self.plain in self.grown_bytes and "xtrain cpu" in self.grown_bytes:
             share = self.grown_bytes["xtrain cpu"] / self.grown_bytes[self.plain]
             bar = 0.60 if self.vocab_size > 10_000 else 1.0
             yield _verdict(
                 f"xtrain cpu grows by {share:.2f} of the plain loop, at most {bar:.2f}", share <= bar
             )
-        if self.lanes:
-            yield _verdict("all losses agree", self.same_training)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "verdicts": list(self.verdicts())}
@@ -122,18 +148,25 @@ class Case:
 def _lane(name: str, load: Workload, plain: str, runs: LaneRuns) -> LaneResult:
     own = [run for lane, run in runs if lane == name]
     reference_name = BUILT_IN_PLAIN if "built-in" in name else plain
-    reference = next((run for lane, run in runs if lane == reference_name), own[0])
+    reference = next((run for lane, run in runs if lane == reference_name), None)
     ratios = against_plain(name, load, plain, runs)
     return LaneResult(
         name,
         median(tokens_per_second(run, load) for run in own),
         Spread.of(ratios) if ratios else None,
-        median(run.cpu_step_seconds or 0.0 for run in own),
-        median(run.startup_seconds or 0.0 for run in own),
+        _median(run.cpu_step_seconds for run in own),
+        _median(run.startup_seconds for run in own),
         median(run.peak_bytes for run in own),
-        max(largest_difference(reference.losses, run.losses) for run in own),
+        max(largest_difference(reference.losses, run.losses) for run in own) if reference else None,
         [run.step_seconds for run in own],
     )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """None where one was not measured."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return median(known) if len(known) == len(found) else None
 
 
 def against_plain(name: str, load: Workload, plain: str, runs: LaneRuns) -> list[float]:
@@ -179,10 +212,19 @@ def _section(case: Case) -> Iterator[str]:
 def _row(lane: LaneResult) -> str:
     return (
         f"| {lane.lane} | {lane.tokens_per_second:,.0f} | {lane.of_plain or '-'} "
-        f"| {lane.cpu_step_seconds:.3f} | {lane.startup_seconds:.1f} "
-        f"| {lane.peak_bytes / 2**20:,.0f} | {lane.loss_difference:.1e} |"
+        f"| {_shown(lane.cpu_step_seconds, '.3f')} | {_shown(lane.startup_seconds, '.1f')} "
+        f"| {lane.peak_bytes / 2**20:,.0f} | {_shown(lane.loss_difference, '.1e')} |"
     )
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _speed(said: str, found: float, bar: float, low: float) -> str:
+    """Noisy where the plain loop beside itself falls as far short of 1 as `found` does of the bar."""
+    return f"{said}: noisy" if bar > found >= bar * low else _verdict(said, found >= bar)
+
+
 def _verdict(said: str, met: bool) -> str:
-    return f"{said}: {'met' if met else 'missed'}"
+    return f"{said}: {'met' if met else MISSED}"

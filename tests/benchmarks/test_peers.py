@@ -66,6 +66,31 @@ def test_a_lane_must_not_be_behind_a_framework(seconds: float, verdict: str) -> 
     assert any(line.startswith("xtrain cpu ahead of Accelerate") and line.endswith(verdict) for line in found)
 
 
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.95, "met"), (1.05, "noisy"), (1.3, "missed")])
+def test_what_the_plain_loop_beside_itself_falls_short_by_is_noise(seconds: float, verdict: str) -> None:
+    ours = ("xtrain cpu", run(seconds))
+    runs = [(PLAIN.name, run(1.0)), ours, (PLAIN.name, run(1.1)), ours, (PLAIN.name, run(1.0))]
+    found = case(runs)
+    (said,) = [line for line in found.verdicts() if "of the plain loop, A/A" in line]
+    assert said.endswith(verdict)
+    assert (said in found.missed) == (verdict == "missed")
+
+
+def test_the_peak_is_held_against_the_lowest_of_the_other_lanes() -> None:
+    lean, fat = replace(run(1.0), peak_bytes=1999), replace(run(1.0), peak_bytes=3000)
+    found = list(case(between(("xtrain cpu", run(1.0)), ("Accelerate", lean))).verdicts())
+    assert any(line.startswith("xtrain cpu's peak RSS") and line.endswith("missed") for line in found)
+    found = list(case(between(("xtrain cpu", run(1.0)), ("Accelerate", fat))).verdicts())
+    assert any(line.startswith("xtrain cpu's peak RSS is 1.00") and line.endswith("met") for line in found)
+
+
+def test_what_was_not_measured_is_no_zero() -> None:
+    unknown = replace(run(1.0), cpu_step_seconds=None, startup_seconds=None)
+    one = case(between(("xtrain cpu, built-in model", unknown)))
+    (lane,) = [lane for lane in one.lanes if "built-in" in lane.lane]
+    assert (lane.cpu_step_seconds, lane.startup_seconds, lane.loss_difference) == (None, None, None)
+
+
 def test_a_late_first_step_and_other_losses_are_told() -> None:
     found = list(case(between(("xtrain cpu", run(1.0, loss=5.1, startup=4.0)))).verdicts())
     assert any(line.startswith("xtrain cpu starts +1.00 s") and line.endswith("missed") for line in found)
