@@ -9,6 +9,7 @@ The forward pass, what it keeps, and longer sequences stay as they are.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,7 @@ _library = torch.library.Library("aten", "IMPL")
 
 @cache
 def quicken_attention() -> None:
-    """For all models of this process; does nothing where torch cannot hand out its kernel (before 2.10)."""
+    """For all models of this process; does nothing where torch cannot hand out its kernel."""
     if not hasattr(torch.library, "get_kernel"):
         return
     kernel = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU").call_boxed
@@ -46,10 +47,9 @@ def quicken_attention() -> None:
         rounded = [[gradient.to(query.dtype) for gradient in three] for three in gradients]
         return rounded[0] if len(rounded) == 1 else [torch.cat(parts) for parts in zip(*rounded, strict=True)]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # "overriding a previously registered kernel": that is meant
+    # torch warns that a kernel is overridden, which is meant; older ones refuse where another library did it
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.simplefilter("ignore", UserWarning)
         _library.impl(OPERATOR, backward, "CPU", with_keyset=True)
 
 
