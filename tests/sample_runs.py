@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xtrain.measure.speed import measure_speed, split_time
+from xtrain.records.figures import StepFigures
 from xtrain.records.metrics import MetricsLog, StepRecord
 from xtrain.records.record import (
     CounterFacts,
     DataFacts,
-    Evaluation,
-    LossFacts,
     ModelFacts,
     RankMemory,
     RunRecord,
-    Totals,
     write_record,
 )
 
@@ -51,6 +48,7 @@ def sample_memory(rank: int = 0, live_peak: int | None = 300 * MIB, method: str 
 
 def sample_record(steps: Sequence[StepRecord] | None = None, **changes: Any) -> RunRecord:
     steps = sample_steps() if steps is None else steps
+    figures = StepFigures(steps, start=0, warmup_steps=3)
     values: dict[str, Any] = {
         "status": "done",
         "backend": "cpu",
@@ -67,11 +65,11 @@ def sample_record(steps: Sequence[StepRecord] | None = None, **changes: Any) -> 
         "matmul_precision": "highest",
         "data": DataFacts(description="synthetic, 1,000,000 tokens", hash="abc", portable=True),
         "model": ModelFacts(description="gpt2-nano", parameters=1_000_000),
-        "totals": Totals.of(steps, seconds=10.0),
-        "loss": LossFacts.of(steps),
-        "eval": Evaluation.of(steps),
-        "speed": measure_speed(steps, warmup_steps=3),
-        "time_split": split_time(steps),
+        "totals": figures.totals(seconds=10.0),
+        "loss": figures.loss(),
+        "eval": figures.evaluation,
+        "speed": figures.speed.speed(),
+        "time_split": figures.time_split.split(),
         "memory": [sample_memory()],
     }
     return RunRecord(**{**values, **changes})

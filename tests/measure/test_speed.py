@@ -2,12 +2,26 @@ from __future__ import annotations
 
 import pytest
 
-from xtrain.measure.speed import TimeSplit, imbalance, measure_speed, split_time
+from xtrain.measure.speed import Speed, SpeedMeter, SplitMeter, TimeSplit, imbalance
 from xtrain.records.metrics import StepRecord
 
 
 def timed(*seconds: float | None, spans: dict[str, float] | None = None) -> list[StepRecord]:
     return [StepRecord(i + 1, 1.0, 1e-3, 1.0, 100, s, False, spans=spans) for i, s in enumerate(seconds)]
+
+
+def measure_speed(records: list[StepRecord], warmup_steps: int) -> Speed | None:
+    meter = SpeedMeter(warmup_steps)
+    for record in records:
+        meter.add(record)
+    return meter.speed()
+
+
+def split_time(records: list[StepRecord]) -> TimeSplit | None:
+    meter = SplitMeter()
+    for record in records:
+        meter.add(record)
+    return meter.split()
 
 
 def test_warm_up_and_traced_steps_do_not_count() -> None:
@@ -24,6 +38,12 @@ def test_the_spread_is_the_tenth_and_the_ninetieth_percentile() -> None:
     assert speed.tokens_per_second == pytest.approx(6)
     assert speed.p10 == pytest.approx(2)
     assert speed.p90 == pytest.approx(10)
+
+
+def test_an_even_number_of_steps_in_any_order_has_the_median_between_the_middle_two() -> None:
+    speed = measure_speed(timed(100 / 4, 100 / 1, 100 / 3, 100 / 2), warmup_steps=0)
+    assert speed is not None
+    assert speed.tokens_per_second == pytest.approx(2.5)
 
 
 def test_one_step_is_its_own_spread() -> None:

@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.sample_runs import sample_record, sample_steps
+from tests.sample_runs import sample_record
 from xtrain.contract import Counter, Memory
 from xtrain.records import record as record_module
-from xtrain.records.metrics import StepRecord
 from xtrain.records.record import (
-    Evaluation,
     LossFacts,
     RankMemory,
     RecordError,
     RunRecord,
-    Totals,
     load_record,
     write_record,
 )
@@ -110,27 +107,6 @@ def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
 def test_nan_cannot_get_into_a_record() -> None:
     with pytest.raises(ValidationError):
         LossFacts(first=float("nan"), last=None, min=None)
-
-
-def test_losses_and_totals_come_from_the_steps() -> None:
-    steps = sample_steps(3)
-    skipped = StepRecord(4, float("nan"), 1e-3, None, 500, 0.5, True)
-    facts = LossFacts.of([*steps, skipped])
-    assert (facts.first, facts.last, facts.min) == (steps[0].loss, None, steps[2].loss)
-    totals = Totals.of([*steps, skipped], seconds=2.0)
-    assert (totals.steps, totals.tokens, totals.skipped, totals.seconds) == (4, 3500, 1, 2.0)
-
-
-def test_a_run_that_took_no_step_has_no_losses() -> None:
-    assert LossFacts.of([]) == LossFacts(first=None, last=None, min=None)
-    assert Totals.of([], None).steps == 0
-    assert Evaluation.of([]) is None
-
-
-def test_the_evaluation_knows_its_last_and_its_lowest() -> None:
-    losses = [None, 3.0, 2.0, None, 2.5, None]
-    steps = [StepRecord(i + 1, 1.0, 1e-3, 1.0, 1, 1.0, False, eval_loss=e) for i, e in enumerate(losses)]
-    assert Evaluation.of(steps) == Evaluation(last=2.5, last_step=5, min=2.0, min_step=3)
 
 
 RESIDENT = Counter(7, 8, "counter")

@@ -1,7 +1,8 @@
-"""From step records to speed: pure functions, so that the same records give the same figures."""
+"""From step records to speed: the same records give the same figures."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -47,45 +48,75 @@ class TimeSplit:
     traced_steps: int
 
 
-def measure_speed(records: Sequence[StepRecord], warmup_steps: int) -> Speed | None:
-    """Speed over the records of one process, in order; None when no step is left to count.
+class SpeedMeter:
+    """Speed over the steps of one process, told in order.
 
-    The first `warmup_steps`, the traced and the untimed ones do not count.
+    The first `warmup_steps`, the traced and the untimed ones do not count. Of each that does eight bytes are
+    kept, its rate: percentiles need them all.
     """
-    settled = records[warmup_steps:]
-    rates = sorted(r.tokens / r.seconds for r in settled if r.seconds and r.spans is None)
-    if not rates:
-        return None
-    return Speed(
-        tokens_per_second=median(rates),
-        p10=_quantile(rates, 0.1),
-        p90=_quantile(rates, 0.9),
-        samples=len(rates),
-        warmup_steps_left_out=len(records) - len(settled),
-        traced_steps_left_out=sum(r.spans is not None for r in settled),
-    )
+
+    def __init__(self, warmup_steps: int) -> None:
+        self._warmup_steps = warmup_steps
+        self._rates = array("d")
+        self._steps = self._traced = 0
+
+    def add(self, record: StepRecord) -> None:
+        self._steps += 1
+        if self._steps <= self._warmup_steps:
+            return
+        if record.spans is not None:
+            self._traced += 1
+        elif record.seconds:
+            self._rates.append(record.tokens / record.seconds)
+
+    def speed(self) -> Speed | None:
+        """None when no step is left to count."""
+        if not self._rates:
+            return None
+        rates = _ascending(self._rates)
+        middle = rates[(len(rates) - 1) // 2 : len(rates) // 2 + 1]
+        return Speed(
+            tokens_per_second=median(middle),
+            p10=_quantile(rates, 0.1),
+            p90=_quantile(rates, 0.9),
+            samples=len(rates),
+            warmup_steps_left_out=min(self._steps, self._warmup_steps),
+            traced_steps_left_out=self._traced,
+        )
 
 
-def split_time(records: Sequence[StepRecord]) -> TimeSplit | None:
+class SplitMeter:
     """Means over the traced steps, which must be timed from getting the batch to the end of the update.
 
-    None when no step was traced. A phase that the engine marks no span of is left out, for it was not
-    measured; what is in no span is `other`.
+    A phase that the engine marks no span of is left out, for it was not measured; what is in no span is
+    `other`.
     """
-    traced = [(r.spans, r.seconds) for r in records if r.spans is not None and r.seconds]
-    if not traced:
-        return None
-    marked = [phase for phase in PHASES if phase == "other" or any(phase in spans for spans, _ in traced)]
-    sums = {phase: sum(spans.get(phase, 0.0) for spans, _ in traced) for phase in marked}
-    total = max(
-        sum(seconds for _, seconds in traced), sum(sums.values())
-    )  # clocks are read one after another
-    sums["other"] += total - sum(sums.values())
-    return TimeSplit(
-        seconds={phase: seconds / len(traced) for phase, seconds in sums.items()},
-        shares={phase: seconds / total for phase, seconds in sums.items()},
-        traced_steps=len(traced),
-    )
+
+    def __init__(self) -> None:
+        self._spans: dict[str, float] = {}
+        self._seconds = 0.0
+        self._traced = 0
+
+    def add(self, record: StepRecord) -> None:
+        if record.spans is None or not record.seconds:
+            return
+        self._traced += 1
+        self._seconds += record.seconds
+        for phase, seconds in record.spans.items():
+            self._spans[phase] = self._spans.get(phase, 0.0) + seconds
+
+    def split(self) -> TimeSplit | None:
+        """None when no step was traced."""
+        if not self._traced:
+            return None
+        sums = {p: self._spans.get(p, 0.0) for p in PHASES if p == "other" or p in self._spans}
+        total = max(self._seconds, sum(sums.values()))  # clocks are read one after another
+        sums["other"] += total - sum(sums.values())
+        return TimeSplit(
+            seconds={phase: seconds / self._traced for phase, seconds in sums.items()},
+            shares={phase: seconds / total for phase, seconds in sums.items()},
+            traced_steps=self._traced,
+        )
 
 
 def imbalance(rank_seconds: Sequence[Mapping[str, float]]) -> float | None:
@@ -97,6 +128,14 @@ def imbalance(rank_seconds: Sequence[Mapping[str, float]]) -> float | None:
     if len(own) < 2 or len(own) < len(rank_seconds):
         return None
     return max(own) / fmean(own) - 1
+
+
+def _ascending(values: array[float]) -> array[float]:
+    """Sorted where they lie: sorted() would make an object of each."""
+    import numpy as np  # here, for this module is read where nothing is trained
+
+    np.frombuffer(values).sort()
+    return values
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:

@@ -166,20 +166,23 @@ def _step_of(line: bytes) -> int | None:
 
 
 def read_metrics(path: Path) -> list[StepRecord]:
-    """Every whole line of a metrics.jsonl, which is not trusted.
+    """All of `each_step` at once, for what draws and compares them."""
+    return list(each_step(path))
+
+
+def each_step(path: Path) -> Iterator[StepRecord]:
+    """Every whole line of a metrics.jsonl, which is not trusted; one at a time.
 
     A last line without its newline was being written when the run was cut off: it is left out.
     Raises MetricsError with the number of the line that is wrong.
     """
-    records: list[StepRecord] = []
+    expected: int | None = None
     for number, line in _lines(path):
         record = _parse(path, number, line)
-        if records and record.step != records[-1].step + 1:
-            raise MetricsError(
-                f"{path}, line {number}: found step {record.step}, expected {records[-1].step + 1}"
-            )
-        records.append(record)
-    return records
+        if expected is not None and record.step != expected:
+            raise MetricsError(f"{path}, line {number}: found step {record.step}, expected {expected}")
+        expected = record.step + 1
+        yield record
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

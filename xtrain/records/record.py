@@ -7,7 +7,6 @@ version adds are ignored; a key that changes its meaning changes `schema_version
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from xtrain.contract import Counter, Memory, StepMemory
 from xtrain.errors import RequestError
 from xtrain.measure.speed import Speed, TimeSplit
-from xtrain.records.metrics import Natural, StepRecord
+from xtrain.records.metrics import Natural
 from xtrain.records.rundir import write_json
 
 SCHEMA_VERSION: Final = 1
@@ -73,32 +72,13 @@ class Totals(Part):
     seconds: float | None
     """From the first update to the last of this process, evaluation and checkpoints included."""
 
-    @classmethod
-    def of(cls, records: Sequence[StepRecord], seconds: float | None) -> Totals:
-        return cls(
-            steps=records[-1].step if records else 0,
-            tokens=sum(r.tokens for r in records),
-            skipped=sum(r.skipped for r in records),
-            seconds=seconds,
-        )
-
 
 class LossFacts(Part):
-    """Training losses; None where no loss was finite."""
+    """Training losses, those of the first and the last update among them; None where not finite."""
 
     first: float | None
     last: float | None
     min: float | None
-
-    @classmethod
-    def of(cls, records: Sequence[StepRecord]) -> LossFacts:
-        """First and last are those of the first and the last update, None when not finite."""
-        finite = [r.loss for r in records if r.loss is not None]
-        return cls(
-            first=records[0].loss if records else None,
-            last=records[-1].loss if records else None,
-            min=min(finite, default=None),
-        )
 
 
 class Evaluation(Part):
@@ -108,16 +88,6 @@ class Evaluation(Part):
     last_step: Natural
     min: float
     min_step: Natural
-
-    @classmethod
-    def of(cls, records: Sequence[StepRecord]) -> Evaluation | None:
-        """None when nothing was evaluated."""
-        seen = [(r.eval_loss, r.step) for r in records if r.eval_loss is not None]
-        if not seen:
-            return None
-        last, last_step = seen[-1]
-        lowest, min_step = min(seen)
-        return cls(last=last, last_step=last_step, min=lowest, min_step=min_step)
 
 
 class CounterFacts(Part):

@@ -10,14 +10,12 @@ from xtrain.data import Dataset
 from xtrain.loop import WARMUP_STEPS, Loop
 from xtrain.measure.machine import environment, resident_bytes
 from xtrain.measure.matmul import gather_matmul
-from xtrain.measure.speed import measure_speed, split_time
 from xtrain.models.source import NotedSource
-from xtrain.records.metrics import MetricsLog, StepRecord, read_metrics
+from xtrain.records.figures import StepFigures
+from xtrain.records.metrics import MetricsLog, StepRecord, each_step
 from xtrain.records.progress import Progress
 from xtrain.records.record import (
     DataFacts,
-    Evaluation,
-    LossFacts,
     MatmulFacts,
     ModelFacts,
     Predicted,
@@ -25,7 +23,6 @@ from xtrain.records.record import (
     RankMemory,
     RunRecord,
     Status,
-    Totals,
 )
 from xtrain.records.rundir import RunDirectory
 from xtrain.records.trackers import Trackers
@@ -129,7 +126,8 @@ def make_record(
 
     Speed is that of this process: of the steps after `start`, where it began or resumed.
     """
-    steps = read_metrics(directory.metrics) if directory.metrics.exists() else []
+    steps = each_step(directory.metrics) if directory.metrics.exists() else ()
+    figures = StepFigures(steps, start, WARMUP_STEPS)
     return RunRecord(
         status=status,
         failure=failure,
@@ -150,11 +148,11 @@ def make_record(
             layers=facts.model.shape[0] if facts.model.shape else None,
             hidden=facts.model.shape[1] if facts.model.shape else None,
         ),
-        totals=Totals.of(steps, seconds),
-        loss=LossFacts.of(steps),
-        eval=Evaluation.of(steps),
-        speed=measure_speed([s for s in steps if s.step > start], WARMUP_STEPS),
-        time_split=split_time(steps),
+        totals=figures.totals(seconds),
+        loss=figures.loss(),
+        eval=figures.evaluation,
+        speed=figures.speed.speed(),
+        time_split=figures.time_split.split(),
         rank_seconds=gathered.rank_seconds,
         matmul=gathered.matmul,
         busy=gathered.busy,
