@@ -117,19 +117,24 @@ class Bench:
         self, part: str, name: str, load: Workload, limit_seconds: float, backend: str = "", **changes: Any
     ) -> Row:
         """`xtrain run` on a workload; `changes` replace sections of its spec."""
-        out = self.folder / _stem(part, name)
-        path = out.with_suffix(".yaml")
         section = {"log": {"every_steps": 1 if "every_steps" not in changes else changes.pop("every_steps")}}
-        tree = {**load.spec(), **section, **changes}
-        path.write_text(yaml.safe_dump(tree))
-        run = ["run", str(path), "--backend", backend or self.device, "--out", str(out)]
+        tree, out = {**load.spec(), **section, **changes}, self.folder / _stem(part, name)
+        command = ["-m", "benchmarks.gpu_run", *self._run(tree, backend or self.device, out)]
         return self.row(
-            part,
-            name,
-            ["-m", "benchmarks.gpu_run", *run],
-            limit_seconds,
-            lambda output: self._figures(load_record(out), tree),
+            part, name, command, limit_seconds, lambda output: self._figures(load_record(out), tree)
         )
+
+    def profile(self, part: str, name: str, load: Workload, limit_seconds: float, **changes: Any) -> Row:
+        """The same on the device, with torch's profiler around some of its steps."""
+        tree, out = {**load.spec(), **changes}, self.folder / _stem(part, name)
+        command = ["-m", "benchmarks.gpu_profile", *self._run(tree, self.device, out)]
+        return self.row(part, name, command, limit_seconds, lambda output: json.loads(last_line(output)))
+
+    def _run(self, tree: Mapping[str, Any], backend: str, out: Path) -> list[str]:
+        """What xtrain is called with; the spec lies beside `out`."""
+        path = out.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(dict(tree)))
+        return ["run", str(path), "--backend", backend, "--out", str(out)]
 
     def plain(self, part: str, name: str, load: Workload, limit_seconds: float, compiled: bool) -> Row:
         settings = self.folder / f"{_stem(part, name)}.json"
@@ -218,6 +223,10 @@ def _run(command: list[str], log: TextIO, limit_seconds: float) -> int | None:
         with suppress(ProcessLookupError):  # what it has started
             os.killpg(process.pid, signal.SIGKILL)
     return code
+
+
+def last_line(output: str) -> str:
+    return output.rstrip().rpartition("\n")[2]
 
 
 def _last_words(output: str) -> str:

@@ -105,6 +105,14 @@ def large(bench: Bench) -> Iterator[Row]:
     yield bench.xtrain(part, name, load, 90, every_steps=EVERY_STEPS, train=train, memory=memory)
 
 
+def profile(bench: Bench) -> Iterator[Row]:
+    """Of the compiled lane of `speed`, which has left the compiler's cache behind."""
+    part, load = "profile", replace(_sized(bench, GPT2), steps=TINY.steps)
+    train = {"steps": load.steps, "seed": load.seed, "clip": load.clip, "compile": not bench.tiny}
+    name = f"xtrain{', compiled' * (not bench.tiny)}{_chunks(memory := {'loss_chunk': LOSS_CHUNK})}"
+    yield bench.profile(part, name, load, 60, train=train, memory=memory)
+
+
 def ladder(bench: Bench) -> Iterator[Row]:
     """Each rung adds to the one before; the first one is what the others are a share of."""
     part, load = "ladder", replace(_sized(bench, RUNG), precision="fp32")
@@ -201,11 +209,12 @@ def conformance(bench: Bench) -> Iterator[Row]:
 
 PARTS = [
     Part("conformance", "the same training as a plain loop on the CPU", 60, conformance),
-    Part("speed", "GPT-2 124M, bf16 over fp32 weights, beside a plain loop", 150, speed),
+    Part("speed", "GPT-2 124M, bf16 over fp32 weights, beside a plain loop", 145, speed),
     Part("ladder", "GPT-2 Large, 4 sequences of 1024 an update, rung by rung", 130, ladder),
     Part("large", "GPT-2 Large, bf16 over fp32 weights", 55, large),
-    Part("checkpoint pause", "how long training stands still for a save", 40, pause),
-    Part("deepspeed", "GPT-2 124M, bf16, under DeepSpeed on one GPU", 105, deepspeed),
+    Part("checkpoint pause", "how long training stands still for a save", 35, pause),
+    Part("deepspeed", "GPT-2 124M, bf16, under DeepSpeed on one GPU", 90, deepspeed),
+    Part("profile", "which kernels a step of GPT-2 124M consists of", 25, profile),
 ]
 """What is asked for first comes first."""
 

@@ -55,9 +55,14 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "failed": ("failed", _count),
     "error": ("errors", _count),
     "skipped": ("skipped", _count),
+    "step_seconds": ("a step, s", "{:.4f}".format),
+    "busy": ("device busy", _percent),
     "process_seconds": ("whole process, s", _count),
 }
 """Figure -> heading and form, in the order of a table."""
+
+
+KERNELS_SHOWN = 15
 
 
 def markdown(report: Mapping[str, Any], about: Mapping[str, str], rows: Sequence[Row]) -> str:
@@ -75,7 +80,7 @@ def markdown(report: Mapping[str, Any], about: Mapping[str, str], rows: Sequence
     for part, text in about.items():
         own = [row for row in rows if row.part == part]
         if own:
-            lines += ["", f"## {text[:1].upper()}{text[1:]}", "", *_table(own)]
+            lines += ["", f"## {text[:1].upper()}{text[1:]}", "", *_table(own), *_kernels(own)]
     accuracy = list(_plan_accuracy(rows))
     if accuracy:
         lines += ["", "## Planned and measured", "", *accuracy]
@@ -96,6 +101,15 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield _line(["---", *["---:"] * len(used), "---"])
     for row in rows:
         yield _line([row.name, *(_cell(row, key) for key in used), row.outcome.replace("|", "/")])
+
+
+def _kernels(rows: Sequence[Row]) -> Iterator[str]:
+    """The longest ones of rows that were profiled; the JSON has more."""
+    for row in rows:
+        if kernels := row.figures.get("kernels"):
+            yield from ("", _line(["kernel", "calls a step", "ms a step"]), _line(["---", "---:", "---:"]))
+            for name, calls, milliseconds in kernels[:KERNELS_SHOWN]:
+                yield _line([f"`{name.replace('|', '/')}`", f"{calls:g}", f"{milliseconds:.2f}"])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -141,12 +141,15 @@ def test_page_has_rows_with_figures_and_rows_with_reasons() -> None:
             {"tokens_per_second": 10.0, "peak_bytes": 2**30, "planned_bytes": 2**29},
         ),
         Row("ladder", "lean", "not done within 60 s"),
+        Row("profile", "ours", "done", {"busy": 0.97, "kernels": [["gemm<a|b>", 2.0, 1.5]]}),
     ]
     page = markdown(REPORT, ABOUT, rows)
     assert "| lane | tokens/s | peak, GiB | planned, GiB | outcome |" in page
     assert "| plain | 10 | 1.00 | 0.50 | done |" in page
     assert "| lean | - | - | - | not done within 60 s |" in page
     assert "- ladder, plain: -50.0%" in page
+    assert "| ours | 97.0% | done |" in page
+    assert "| `gemm<a/b>` | 2 | 1.50 |" in page
     assert told(rows[0]) == "ladder, plain: done; tokens/s 10; peak, GiB 1.00; planned, GiB 0.50"
 
 
@@ -158,6 +161,7 @@ def test_a_trial_on_the_cpu_trains_the_same_beside_the_plain_loop(tmp_path: Path
         "--parts",
         "speed",
         "checkpoint pause",
+        "profile",
         "--seconds",
         "300",
         "--out",
@@ -169,10 +173,12 @@ def test_a_trial_on_the_cpu_trains_the_same_beside_the_plain_loop(tmp_path: Path
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-*-trial.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [row["outcome"].split(":")[0] for row in rows] == ["left out", "done", "done", "done"]
-    plain, ours, pause = (row["figures"] for row in rows[1:])
+    assert [row["outcome"].split(":")[0] for row in rows] == ["left out", "done", "done", "done", "done"]
+    plain, ours, pause, profile = (row["figures"] for row in rows[1:])
     assert ours["loss_last"] == pytest.approx(plain["loss_last"], rel=1e-3)
     assert ours["speed_share"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"])
     assert pause["pause_seconds"] > 0
+    assert 0 < profile["busy"] < 2
+    assert any(name == "aten::mm" for name, *_ in profile["kernels"])
     assert path.with_suffix(".md").exists()
-    assert path.with_suffix(".log").read_text().count("\n=== done, after ") == 3
+    assert path.with_suffix(".log").read_text().count("\n=== done, after ") == 4
