@@ -111,17 +111,17 @@ def test_what_a_backend_cannot_honour_is_told_with_its_place_beside_all_else(
         "loss_scale, initial_scale_power, ...\n"
         "  9:14: launch.processes: found 2, backend cpu is always one process; use --nproc 1, or --backend "
         "deepspeed for 2 processes\n"
-        "  --set train.compile=true: train.compile: found true, torch.compile builds C++ and finds no "
-        "compiler (no-such-compiler; the variable CXX names another); install them, or use false\n"
+        "  --set train.compile=true: train.compile: found true, torch.compile builds machine code and finds "
+        "no compiler (no-such-compiler; the variable CXX names another); install them, or use false\n"
     )
 
 
 def test_devices_that_are_not_on_this_machine_are_a_warning_as_the_spec_may_be_for_another(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = importlib.import_module("xtrain.backends.manual.here")
+    drivers = importlib.import_module("xtrain.backends.manual.drivers")
     good.write_text(f"{GOOD}manual:\n  devices: [main, cuda:1, cpu, mps]\n")
-    monkeypatch.setattr(here, "DRIVERS", ())
+    monkeypatch.setattr(drivers, "DRIVERS", ())
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     result = xtrain("check", good, "--backend", "cpu")
     assert (result.exit_code, result.stdout.partition(":")[2][:12]) == (0, " ok on cpu: ")
@@ -133,7 +133,7 @@ def test_devices_that_are_not_on_this_machine_are_a_warning_as_the_spec_may_be_f
     )
     (found,) = json.loads(xtrain("check", "--json", good, "--backend", "cpu").stdout)
     assert [warning["found"] for warning in found["warnings"]] == ["cuda:1", "mps"]
-    monkeypatch.setattr(here, "DRIVERS", ("/",))
+    monkeypatch.setattr(drivers, "DRIVERS", ("/",))
     assert "cuda:1" not in xtrain("check", good, "--backend", "cpu").stderr
 
 

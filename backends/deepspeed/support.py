@@ -12,6 +12,7 @@ from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
 from xtrain.techniques.compiled import compile_notes, compile_problems
 
+from ..gpu_compiler import compiler_modules
 from .apple import mac_notes, mac_problems, macos_version, on_mac
 from .environment import sees_gpu
 from .fp16 import fp16_problems
@@ -93,7 +94,7 @@ def _compile(spec: Spec) -> Iterator[Problem]:
         expected = "expected false: at stage 3 DeepSpeed fetches weights by hooks inside the blocks"
         yield Problem("train.compile", "true", expected, "use memory.sharding: gradients, or compile: false")
     else:
-        yield from compile_problems(spec)
+        yield from compile_problems(spec, compiler_modules(sees_gpu()))
 
 
 def _update(spec: Spec) -> Iterator[Problem]:

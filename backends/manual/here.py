@@ -5,19 +5,17 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtrain.contract import Problem
 
 from ..host_fp16 import INSTEAD, LACKS, surely_lacks_fp16
+from .drivers import driver_found
 from .support import device_names
 
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
-DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
-"""What there is where torch's `cuda` may work: NVIDIA's driver, Windows' for Linux, a Jetson's; AMD's."""
 ELSEWHERE = "fine where the spec is for another one; here"
 
 
@@ -35,6 +33,6 @@ def missing_here(spec: Spec, main: str) -> Iterator[Problem]:
 def _absent(name: str) -> str:
     if name == "mps" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
         return "it is no Mac with Apple silicon"
-    if name.partition(":")[0] == "cuda" and not any(Path(driver).exists() for driver in DRIVERS):
+    if name.partition(":")[0] == "cuda" and not driver_found():
         return "no driver of a GPU found"
     return ""

@@ -12,6 +12,9 @@ from xtrain.spec.tree import Offload
 from xtrain.techniques.checkpointing import recomputes
 from xtrain.techniques.compiled import compile_problems
 
+from ..gpu_compiler import compiler_modules
+from .drivers import driver_found
+
 if TYPE_CHECKING:
     from xtrain.spec.tree import Spec
 
@@ -68,7 +71,8 @@ def _compile(spec: Spec, device: str) -> Iterator[Problem]:
         expected = "expected false: torch.compile is experimental on Apple GPUs and was never tried here"
         yield Problem("train.compile", "true", expected, "use false")
     else:
-        yield from compile_problems(spec)
+        on_gpu = any(name.startswith("cuda") for name in device_names(spec, device)) and driver_found()
+        yield from compile_problems(spec, compiler_modules(on_gpu))
 
 
 def _world(world: int, device: str) -> Iterator[Problem]:

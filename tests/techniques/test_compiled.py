@@ -218,9 +218,35 @@ def test_a_missing_compiler_is_told_before_anything_starts(
     monkeypatch.setenv("CXX", "no-such-compiler")
     (problem,) = registry.load(backend).problems(merged(COMPILE), 1)
     assert str(problem) == (
-        "train.compile: found true, torch.compile builds C++ and finds no compiler (no-such-compiler; the "
-        "variable CXX names another); install them, or use false"
+        "train.compile: found true, torch.compile builds machine code and finds no compiler "
+        "(no-such-compiler; the variable CXX names another); install them, or use false"
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "driver", "torch_version", "is_asked_for"),
+    [
+        ("cuda", "/", "2.13.0", True),
+        ("deepspeed", "/", "2.13.0+cu130", True),
+        ("cpu", "/", "2.13.0", False),
+        ("cuda", "/no/such/driver", "2.13.0", False),
+        ("deepspeed", "/no/such/driver", "2.13.0", False),
+        ("deepspeed", "/", "2.13.0+cpu", False),
+    ],
+)
+def test_what_compiles_for_a_gpu_is_looked_for_where_there_is_one(
+    backend: str, driver: str, torch_version: str, is_asked_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xtrain.backends.manual.drivers.DRIVERS", (driver,))
+    monkeypatch.setattr("xtrain.backends.deepspeed.environment.GPU_FILES", (driver,))
+    monkeypatch.setattr("xtrain.backends.gpu_compiler.package_version", lambda name: torch_version)
+    monkeypatch.setattr("xtrain.backends.gpu_compiler.MODULE", "no_such_module")
+    problems = [str(problem) for problem in registry.load(backend).problems(merged(COMPILE), 1)]
+    missing = (
+        "train.compile: found true, torch.compile builds machine code and finds no Python module "
+        "no_such_module; install them, or use false"
+    )
+    assert problems == ([missing] if is_asked_for else [])
 
 
 @pytest.mark.slow

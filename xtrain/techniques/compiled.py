@@ -18,9 +18,10 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -37,15 +38,15 @@ COMPILER = "inductor"
 """torch's name for what turns graphs into machine code; tests take a quicker one."""
 
 
-def compile_problems(spec: Spec) -> Iterator[Problem]:
-    """What keeps `spec` from being compiled here, on whatever backend."""
+def compile_problems(spec: Spec, modules: Sequence[str] = ()) -> Iterator[Problem]:
+    """What keeps `spec` from being compiled here; `modules` are what the backend's devices need for it."""
     if not spec.train.compile:
         return
     if (chosen := spec.techniques.checkpointing.selective) is not None and chosen.ops:
         expected = "expected false with memory.checkpointing ops: cheap, which looks at single operations"
         yield Problem(KEY, "true", expected, "use memory.checkpointing: {every: 1}, or compile: false")
-    if missing := missing_tools():
-        expected = f"torch.compile builds C++ and finds no {' and no '.join(missing)}"
+    if missing := missing_tools(modules):
+        expected = f"torch.compile builds machine code and finds no {' and no '.join(missing)}"
         yield Problem(KEY, "true", expected, "install them, or use false")
 
 
@@ -59,12 +60,13 @@ def compile_notes(spec: Spec) -> list[str]:
     ]
 
 
-def missing_tools() -> list[str]:
-    """Of what torch.compile builds with."""
+def missing_tools(modules: Sequence[str]) -> list[str]:
+    """Of what torch.compile builds with, Python's `modules` among it; none of them is imported."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found = {f"compiler ({compiler}; the variable CXX names another)": shutil.which(compiler)}
     found[f"header {header}"] = str(header) if header.exists() else None
+    found |= {f"Python module {name}": name if find_spec(name) else None for name in modules}
     return [tool for tool, place in found.items() if place is None]
 
 
