@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import at_least, folder
 from xtrain import registry
 from xtrain.checkpoints.manager import Checkpointer
 from xtrain.checkpoints.shares import plan_files
@@ -186,26 +187,48 @@ def with_table(page: str, new: str) -> str:
     return f"{head}\n{new}\n\n{rest.partition(chr(10) * 2)[2]}"
 
 
-def main() -> None:
+def lanes_of(text: str) -> list[str]:
+    """An argument that names lanes."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in LANES]:
+        raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected some of {', '.join(LANES)}")
+    return names
+
+
+def page_with_table(text: str) -> Path:
+    """An argument that is a page whose table can be replaced."""
+    try:
+        with_table(Path(text).read_text(), "")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return Path(text)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--lanes", default=",".join(lane for lane in LANES if lane != "cuda"))
-    parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--worker")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=folder)
+    parser.add_argument("--page", type=page_with_table)
+    parser.add_argument("--lanes", type=lanes_of, default=",".join(lane for lane in LANES if lane != "cuda"))
+    parser.add_argument("--saves", type=at_least(1), default=8)
+    parser.add_argument("--worker", choices=LANES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     if options.worker:
         found = measure(options.worker, options.out, options.saves)
         (options.out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
         return
-    rows = [run_lane(lane, options.saves) for lane in options.lanes.split(",")]
+    rows = [run_lane(lane, options.saves) for lane in options.lanes]
     print(table(rows))
     date = datetime.now(UTC).date().isoformat()
     report = {"date": date, "saves": options.saves, "environment": environment(), "lanes": rows}
     if options.page:
         options.page.write_text(with_table(options.page.read_text(), table(rows)))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"checkpoint-pause-{date}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -32,7 +32,8 @@ import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.overhead import ROOT, say
+from benchmarks.arguments import add_out, at_least
+from benchmarks.overhead import say
 from benchmarks.page import command_of
 from xtrain import registry
 from xtrain.contract import Engine, Job
@@ -50,6 +51,8 @@ SEQ_LEN = 64
 DATA_BYTES = {"1 MB": 10**6, "100 MB": 10**8, "10 GB": 10**10}
 HISTORY_LINES = (200, 20_000)
 SAMPLES = 200
+FIRST_STEPS = 200
+"""Of the long run: after them nothing should grow."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def over_time(steps: int) -> Iterator[Row]:
     spec = make_spec()
     engine, data = start(spec)
     loop = Loop(engine, data, learning_rate(spec), Unseen(), 10)
-    for first, last in ((0, 200), (200, steps // 2), (steps // 2, steps)):
+    for first, last in ((0, FIRST_STEPS), (FIRST_STEPS, steps // 2), (steps // 2, steps)):
         started = perf_counter()
         loop.run(first, last)
         seconds = (perf_counter() - started) / (last - first)
@@ -253,11 +256,16 @@ def page(rows: list[Row], report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of the long run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
+    fewest = at_least(2 * FIRST_STEPS + 2)
+    parser.add_argument("--steps", type=fewest, default=2000, help="of the long run")
+    add_out(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     date = datetime.now(UTC).date().isoformat()
     command = command_of("growth")
     report = {"date": date, "command": command, "environment": environment()}
@@ -269,7 +277,6 @@ def main() -> None:
             for row in part:
                 rows.append(row)
                 say(f"{row.part}, {row.size}: {row.what} {row.count or ''}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"growth-{date}.json"
     path.write_text(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     path.with_suffix(".md").write_text(page(rows, report))

@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
+from benchmarks.arguments import add_out, at_least
+from xtrain import registry
 from xtrain.measure.machine import environment
 from xtrain.records.record import RankMemory, load_record
 from xtrain.records.summary import format_bytes
@@ -146,12 +148,16 @@ def page(rows: list[Row], title: str) -> str:
     return f"# {title}\n\n{METHOD}\n{tabulate(cells, headers, tablefmt='github', disable_numparse=True)}\n"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--limit-mib", type=int, help="cap on each process's own memory")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
+    parser.add_argument("--backend", default="cpu", choices=registry.names())
+    parser.add_argument("--limit-mib", type=at_least(1), help="cap on each process's own memory")
+    add_out(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     limit_bytes = arguments.limit_mib * MIB if arguments.limit_mib else None
     rows = []
     for name, changes in ROWS.items():

@@ -23,13 +23,15 @@ from time import time
 import psutil
 
 from benchmarks import workload
+from benchmarks.arguments import add_out, at_least
 from benchmarks.measured import STARTED, Measured
 from benchmarks.overhead_report import CaseResult, evaluate, markdown
 from benchmarks.page import command_of
-from benchmarks.workload import SIZES, Precision, Workload
+from benchmarks.workload import SHARDING_BY_STAGE, SIZES, Precision, Workload
 from xtrain.measure.machine import environment
 
 ROOT = Path(__file__).parents[1]
+ENGINES = ["cpu", *(f"deepspeed:{stage}" for stage in SHARDING_BY_STAGE)]
 MEMORY_STEPS = 8
 MEMORY_ROUNDS = 2
 MMAP_THRESHOLD_BYTES = 131_072
@@ -133,12 +135,14 @@ def parse_arguments(program: str, **defaults: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", default=["cpu", "deepspeed:0", "deepspeed:2", "deepspeed:3"])
+    parser.add_argument(
+        "--engines", nargs="+", default=["cpu", "deepspeed:0", "deepspeed:2", "deepspeed:3"], choices=ENGINES
+    )
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=5, help="xtrain runs per case")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="xtrain runs per case")
+    parser.add_argument("--threads", type=at_least(1), default=psutil.cpu_count(logical=False) or 1)
+    add_out(parser)
     parser.set_defaults(**defaults)
     return parser.parse_args()
 
@@ -155,7 +159,6 @@ def main(program: str = "overhead", **defaults: object) -> int:
     date = datetime.now(UTC).date().isoformat()
     command = command_of(program)
     header = {"date": date, "command": command, "threads": arguments.threads, "rounds": arguments.rounds}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[CaseResult] = []
     for result in measure(cases, arguments.rounds, arguments.threads):
         results.append(result)  # written case by case: a run that is broken off leaves what it has

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.arguments import FEWEST_STEPS, add_out, at_least
 from benchmarks.measured import Measured
-from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
-from benchmarks.overhead_report import WARMUP_STEPS
+from benchmarks.overhead import MMAP_THRESHOLD_BYTES, Runner, say
 from benchmarks.page import command_of
 from benchmarks.peers_report import Case, LaneRuns, markdown
 from benchmarks.workload import HF_FOLDER, SIZES, Workload
@@ -36,8 +36,6 @@ from xtrain.measure.machine import environment, package_version
 PACKAGES = ("torch", "transformers", "accelerate", "lightning", "deepspeed", "xtrain")
 STEPS = {"micro": 120, "small": 16}
 MEMORY_STEPS = 4
-FEWEST_STEPS = WARMUP_STEPS + 3
-"""Of which the last one and some before it are traced: fewer would leave none to measure."""
 LARGE_VOCABULARY = 50_257
 
 
@@ -127,17 +125,6 @@ def measure_memory(load: Workload, lanes: Sequence[Lane], threads: int) -> dict[
     return grown
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argument that is a whole number."""
-
-    def number(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"found {text}, expected {smallest} or more")
-        return int(text)
-
-    return number
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
@@ -150,9 +137,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="count the growth of memory too")
     parser.add_argument("--large-vocabulary", action="store_true", help=f"{LARGE_VOCABULARY} symbols")
     parser.add_argument("--no-speed", action="store_true", help="only what --memory asks for")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    parser.add_argument("--threads", type=at_least(1), default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--remark", default="", help="a sentence for the page, such as how busy it was")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     return parser.parse_args()
 
 
@@ -187,7 +174,6 @@ def main() -> int:
         "remark": arguments.remark,
         "environment": facts,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     cases: list[Case] = []
     for precision in arguments.precisions:
         for size in arguments.sizes:

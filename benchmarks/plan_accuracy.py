@@ -23,6 +23,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.arguments import add_out
 from benchmarks.plan_cases import SIMULATED, Case, cases
 from benchmarks.plan_measure import measure
 from xtrain import registry
@@ -33,7 +34,6 @@ from xtrain.plan.layout import HOST, Height, Layout, peaks
 from xtrain.plan.step import Step, preset_step
 from xtrain.spec.tree import Spec
 
-RESULTS = Path(__file__).parent / "results"
 EMULATED = "XTRAIN_EMULATED_FP16"
 NEGLIGIBLE = 0.05
 """Of all that a case holds: places with less are not compared; nor, by themselves, categories of a place."""
@@ -187,18 +187,27 @@ def _megabytes(found: Mapping[str, int], category: str) -> str:
     return f"{found.get(category, 0) / 2**20:.2f}"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """`cases` among them: those that are wanted."""
+    known = list(cases())
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--lane", help="only this backend's cases; writes nothing")
+    add_out(parser)
+    lanes = sorted({case.backend for case in known})
+    parser.add_argument("--lane", choices=lanes, help="only this backend's cases; writes nothing")
     parser.add_argument("--only", help="only cases that this text is in, such as fp16; writes nothing")
-    arguments = parser.parse_args()
-    os.environ[EMULATED] = "1"
-    wanted = [
-        case
-        for case in cases()
-        if arguments.lane in (None, case.backend) and (arguments.only or "") in str(case)
+    found = parser.parse_args()
+    found.cases = [
+        case for case in known if found.lane in (None, case.backend) and (found.only or "") in str(case)
     ]
+    if not found.cases:
+        parser.error(f"argument --only: no case has {found.only!r} in it")
+    return found
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    os.environ[EMULATED] = "1"
+    wanted = arguments.cases
     found = []
     for one in sweep(wanted):
         found.append(one)
@@ -207,7 +216,6 @@ def main() -> None:
         print(report(found, len(wanted)))
         return
     folder: Path = arguments.out
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"plan-accuracy-{datetime.now(UTC):%Y-%m-%d}"
     (folder / f"{name}.md").write_text(report(found, len(wanted)))
     (folder / f"{name}.json").write_text(json.dumps([asdict(one) for one in found], indent=1))

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
+from benchmarks.arguments import FEWEST_STEPS, add_out, at_least
 from benchmarks.page import command_of, head
 from xtrain.compare import compare
 from xtrain.lanes import Lane
@@ -28,7 +29,6 @@ from xtrain.measure.machine import environment
 from xtrain.report.comparison import Comparison
 from xtrain.report.verdicts import speed_difference
 
-RESULTS = Path(__file__).parent / "results"
 SPEC: dict[str, Any] = {
     "model": {"factory": "benchmarks.planted_model:build"},
     "data": {"source": "synthetic", "seq_len": 128, "tokens": 200_000},
@@ -147,12 +147,16 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    parser.add_argument("--steps", type=at_least(FEWEST_STEPS), default=200)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
+    add_out(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     report = {
         "date": day,
@@ -160,7 +164,6 @@ def main() -> None:
         "environment": environment(),
         **measure(arguments.steps, arguments.repeats),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     stem = arguments.out / f"planted-slowness-{day}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     stem.with_suffix(".md").write_text(page(report))

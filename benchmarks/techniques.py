@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.overhead import MMAP_THRESHOLD_BYTES, ROOT, Runner, say
+from benchmarks.arguments import add_out, at_least
+from benchmarks.overhead import MMAP_THRESHOLD_BYTES, Runner, say
 from benchmarks.page import command_of
 from benchmarks.techniques_report import MemoryResult, SpeedResult, evaluate_memory, evaluate_speed, markdown
 from benchmarks.workload import Workload
@@ -148,11 +149,13 @@ def refused(technique: Technique) -> bool:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=["memory", "speed"], help="leave the other out")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each lane, for its memory")
-    parser.add_argument("--rounds", type=int, default=5, help="runs with each technique, for its time")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="runs of each lane, for its memory")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, help="runs with each technique, for its time"
+    )
+    parser.add_argument("--threads", type=at_least(1), default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--remark", default="", help="a sentence for the page, such as how busy it was")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     return parser.parse_args()
 
 
@@ -177,7 +180,6 @@ def main() -> int:
         path.write_text(json.dumps({**report, **results}, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(report, memory, speed, BOTH.name, BARS))
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only != "speed":
         for result in measure_memory(LANES, arguments.repeats, arguments.threads):
             memory.append(result)
