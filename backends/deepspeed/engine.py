@@ -135,7 +135,7 @@ class DeepSpeedEngine:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of token losses, with a graph for the backward pass."""
-        with keeping(self.stage, self.parks_activations):
+        with keeping(self.stage, self.parks_activations, keeps_strides=self.spec.train.compile):
             loss: torch.Tensor = self.engine(*on_device(batch, self.device))
         return loss
 

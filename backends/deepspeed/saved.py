@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,11 +22,14 @@ from ..strides import laid_out
 HOST = torch.device("cpu")
 
 
-def keeping(stage: int, on_host: bool) -> AbstractContextManager[object]:
-    """Around one forward pass; `on_host` sends what autograd keeps to the CPU, all but weights."""
+def keeping(stage: int, on_host: bool, keeps_strides: bool) -> AbstractContextManager[object]:
+    """Around one forward pass; `on_host` sends what autograd keeps to the CPU, all but weights.
+
+    `keeps_strides` for compiled code (strides.py).
+    """
     if stage < 3 and not on_host:
         return nullcontext()
-    return saved_tensors_hooks(_send if on_host else _keep, _again)
+    return saved_tensors_hooks(partial(_send, keeps_stride=keeps_strides) if on_host else _keep, _again)
 
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor | Weight:
@@ -36,10 +40,10 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor | Weight:
     return Weight(whole, tensor.shape, tensor.stride(), offset)
 
 
-def _send(tensor: torch.Tensor) -> torch.Tensor | Weight | OnHost:
+def _send(tensor: torch.Tensor, keeps_stride: bool) -> torch.Tensor | Weight | OnHost:
     if isinstance(_whole(tensor), nn.Parameter) or tensor.device == HOST:
         return _keep(tensor)
-    return OnHost(_copied(tensor.detach(), HOST), tensor.device, tensor.stride())
+    return OnHost(_copied(tensor.detach(), HOST), tensor.device, tensor.stride() if keeps_stride else None)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +75,7 @@ class OnHost:
 
     copy: torch.Tensor
     device: torch.device
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
 
     def again(self) -> torch.Tensor:
         return laid_out(_copied(self.copy, self.device), self.stride)

@@ -20,6 +20,7 @@ assemble.py       what is decided once, when the engine is put together
   activations.py    activations on the CPU
   transfers.py      copies between a device and the CPU
 devices.py        what differs between CPUs, NVIDIA's and Apple's GPUs
+  drivers.py       whether there may be a GPU for torch's `cuda`, asked without torch
 out_of_memory.py  a full device
 backend.py        xtrain.contract.Backend: what is honoured, decided, started
   support.py        keys that are refused or have nothing to do

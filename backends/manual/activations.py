@@ -27,9 +27,9 @@ AHEAD = 4
 
 
 @contextmanager
-def activations_on_host(model: nn.Module) -> Iterator[None]:
-    """Around one forward pass."""
-    current = Pass(model)
+def activations_on_host(model: nn.Module, keeps_strides: bool) -> Iterator[None]:
+    """Around one forward pass; `keeps_strides` for compiled code (strides.py)."""
+    current = Pass(model, keeps_strides)
     with saved_tensors_hooks(current.park, current.fetch):
         yield
 
@@ -37,10 +37,10 @@ def activations_on_host(model: nn.Module) -> Iterator[None]:
 class Parked:
     """One tensor that autograd saved, on the CPU."""
 
-    def __init__(self, place: int, tensor: torch.Tensor) -> None:
+    def __init__(self, place: int, tensor: torch.Tensor, keeps_stride: bool) -> None:
         self.place = place
         self.device = tensor.device
-        self.stride = tensor.stride()
+        self.stride = tensor.stride() if keeps_stride else None
         self.sent = to_host(tensor.detach())
         self.coming: ToDevice | None = None
 
@@ -58,7 +58,8 @@ class Parked:
 class Pass:
     """One forward pass, and the backward pass that belongs to it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps_strides: bool) -> None:
+        self.keeps_strides = keeps_strides
         self.stay = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self.parked: list[weakref.ref[Parked]] = []  # weak: one dies when its node of the graph is done
         self.known: dict[object, weakref.ref[Parked]] = {}
@@ -75,7 +76,7 @@ class Pass:
         key = storage._cdata, form, tensor._version
         known = self.known.get(key)
         if known is None or (parked := known()) is None:
-            parked = Parked(len(self.parked), tensor)
+            parked = Parked(len(self.parked), tensor, self.keeps_strides)
             self.parked.append(weakref.ref(parked))
             self.known[key] = self.parked[-1]
         return parked

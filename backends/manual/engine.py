@@ -204,7 +204,9 @@ class ManualEngine:
         return autocast(self.precision, [device.torch_device for device in self.devices])
 
     def _saved_tensors(self) -> AbstractContextManager[None]:
-        return activations_on_host(self.model) if self.parks_activations else nullcontext()
+        if not self.parks_activations:
+            return nullcontext()
+        return activations_on_host(self.model, keeps_strides=self.spec.train.compile)
 
     def _watch_memory(self, moment: Moment) -> AbstractContextManager[None]:
         return watch_memory(self.devices, moment, self.holdings)

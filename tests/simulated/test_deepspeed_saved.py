@@ -53,7 +53,7 @@ def test_weights_that_were_given_up_are_gone_until_the_backward_pass(on_host: bo
     for place, parameter in enumerate(model.parameters()):
         parameter.ds_id = place  # type: ignore[attr-defined]
     weights = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
-    with keeping(3, on_host):
+    with keeping(3, on_host, keeps_strides=False):
         loss = forward(model, HERE)
     whole = give_up(model)
     assert all(weight.expired() for weight in weights)
@@ -75,7 +75,7 @@ def test_without_it_a_view_of_a_weight_holds_its_memory() -> None:
 def test_what_is_kept_is_on_the_cpu_and_comes_back_for_the_same_gradients(simulated: Backend) -> None:
     model = make_model(SIM)
     before = MEMORY[0].live_bytes
-    with keeping(0, on_host=True):
+    with keeping(0, on_host=True, keeps_strides=False):
         loss = forward(model, SIM)
     assert MEMORY[0].live_bytes - before < BATCH * WIDTH * FP32_BYTES
     loss.backward()
@@ -85,7 +85,7 @@ def test_what_is_kept_is_on_the_cpu_and_comes_back_for_the_same_gradients(simula
 def test_without_it_activations_stay_on_the_device(simulated: Backend) -> None:
     model = make_model(SIM)
     before = MEMORY[0].live_bytes
-    with keeping(0, on_host=False):
+    with keeping(0, on_host=False, keeps_strides=False):
         loss = forward(model, SIM)
     assert MEMORY[0].live_bytes - before > BATCH * WIDTH * FP32_BYTES
     del loss
@@ -93,7 +93,7 @@ def test_without_it_activations_stay_on_the_device(simulated: Backend) -> None:
 
 def test_what_was_a_part_of_something_wider_comes_back_laid_out_as_it_was(simulated: Backend) -> None:
     part = torch.arange(24.0, device=SIM).view(4, 6)[:, 2:4]
-    found = _again(_send(part))
+    found = _again(_send(part, keeps_stride=True))
     assert found.device == part.device
     assert found.stride() == part.stride()
     assert torch.equal(found.cpu(), part.cpu())

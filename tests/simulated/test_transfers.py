@@ -187,7 +187,7 @@ def test_what_autograd_kept_comes_back_laid_out_as_it_was(computation: Stream, n
     """A query is a part of what one product made, and compiled code looks at its stride."""
     whole, part = PARTS[name]
     kept = part(whole.to(NAME))
-    current = activations.Pass(torch.nn.Identity())
+    current = activations.Pass(torch.nn.Identity(), keeps_strides=True)
     found = current.fetch(current.park(kept))
     assert torch.equal(found.cpu(), part(whole))
     assert found.stride() == kept.stride() or name == "repeated"
