@@ -11,6 +11,7 @@ from dataclasses import replace
 from xtrain import registry
 from xtrain.checkpoints.format import CheckpointError
 from xtrain.choose import AUTO, Choice, choose
+from xtrain.collection import begin_collecting
 from xtrain.contract import Job
 from xtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunFailed, SpecError
 from xtrain.fitting import lower_after, read_history
@@ -100,6 +101,7 @@ def _launch(request: Request, backend: str, world: int, steps_down: bool) -> int
 
     A run that `steps_down` begins again with less memory where that was too short.
     """
+    begin_collecting()
     directory, processes = _share(request, world)
     own = not request.hosts and is_new(directory, request)
     try:

@@ -12,6 +12,7 @@ from xtrain.allocator import give_back_freed_memory
 from xtrain.checkpoints.manager import restore
 from xtrain.checkpoints.select import Selected, require_folder
 from xtrain.choose import Choice
+from xtrain.collection import begin_collecting
 from xtrain.contract import DecidesLater, Engine, Job, OutOfMemory, Resolved
 from xtrain.data import Dataset, open_data
 from xtrain.errors import RunFailed
@@ -121,6 +122,7 @@ class Attempt:
         job, spec, backend = self.job, self.spec, self.choice.backend
         with told_to_others(job):
             data, begin, model, resolved = self._prepare()
+        begin_collecting()
         if job.world > 1:
             preflight(job, known(job, spec, data.content_hash), hang_seconds(spec), self._say)
         before = resident_bytes()
